@@ -1,0 +1,1 @@
+"""The app that runs the strategies, and its instruments."""

@@ -1,0 +1,125 @@
+"""One rank's training: a sharded Llama, its optimizer, and the three parts of a step that the instruments time."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from models.config import ModelConfig
+from models.llama import Llama
+from strategies import STRATEGIES
+from strategies.base import Options
+from strategies.ops.mesh import Mesh
+from strategies.ops.vocab import IGNORED
+from strategies.ops.weights import gradient_norm, local, materialize, sum_partial_gradients
+
+PRECISIONS = {  # of the weights that the optimizer updates, and of the activations
+    "fp32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "bf16_mixed": (torch.float32, torch.bfloat16),
+}
+
+
+@dataclass
+class Optim:
+    """AdamW's settings (Loshchilov and Hutter 2019), on every parameter; grad_clip null = off."""
+
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    grad_clip: float | None = 1.0
+
+
+@dataclass
+class Batch:
+    """What one rank sees of a global batch. tokens, labels [B_dp, S_local]; positions [S_local]."""
+
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor
+    n_valid: int  # labels that count in the global batch
+
+
+class Training:
+    """Build the model's share of this rank, then forward, backward and update in turn.
+
+    degrees: of dp, ring, ulysses and tp, with as many ranks as their product in the default process group.
+    whole(name, shape): a whole initial parameter; it is asked for one at a time.
+    dtypes: of weights and activations, one of PRECISIONS (tests pass float64).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        strategy: str,
+        degrees: dict[str, int],
+        options: Options,
+        optim: Optim,
+        whole: Callable[[str, torch.Size], Tensor],
+        device: str = "cpu",
+        dtypes: tuple[torch.dtype, torch.dtype] = PRECISIONS["fp32"],
+        recompute: bool = False,
+    ) -> None:
+        weights_dtype, compute_dtype = dtypes
+        self.mesh = Mesh.build(device, **degrees)
+        self.strategy = STRATEGIES[strategy](self.mesh, options)
+        with torch.device("meta"):
+            self.model = Llama(config, self.strategy, compute_dtype, recompute).to(weights_dtype)
+        self.shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
+        self.strategy.shard(self.model)
+        materialize(self.model, device, lambda name: whole(name, self.shapes[name]))
+        self.optim = optim
+        self.device = device
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def place(self, tokens: Tensor, labels: Tensor) -> Batch:
+        """This rank's part of a global batch of whole sequences, tokens and labels [B, S]."""
+        n_valid = int((labels != IGNORED).sum())
+        positions = torch.arange(tokens.shape[1])[None]
+        start, stop = self.mesh.dp.span(len(tokens))
+        tokens, labels = tokens[start:stop], labels[start:stop]
+        if start == stop:  # fewer sequences than dp ranks: take part in the collectives with one that counts nothing
+            tokens, labels = torch.zeros_like(positions), torch.full_like(positions, IGNORED)
+        tokens, labels, positions = (self.strategy.split(t).to(self.device) for t in (tokens, labels, positions))
+        return Batch(tokens.contiguous(), labels.contiguous(), positions[0], max(1, n_valid))
+
+    def forward(self, batch: Batch) -> Tensor:
+        """This rank's share of the loss: the shares of the ranks along the zero axis add up to it."""
+        return self.model(batch.tokens, batch.labels, batch.positions) / batch.n_valid
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+        sum_partial_gradients(self.model)
+
+    def update(self) -> None:
+        """Clip, AdamW, and forget the gradients.
+
+        The optimizer sees plain tensors, this rank's shards: AdamW is elementwise, and needs nothing from DTensor.
+        """
+        parameters = list(self.model.parameters())
+        if self.optimizer is None:
+            shards = [torch.nn.Parameter(local(p.detach())) for p in parameters]
+            o = self.optim
+            self.optimizer = torch.optim.AdamW(
+                shards, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay, fused=True
+            )
+        shards = self.optimizer.param_groups[0]["params"]
+        for shard, parameter in zip(shards, parameters, strict=True):
+            shard.grad = local(parameter.grad)
+        if self.optim.grad_clip is not None:
+            scale = (self.optim.grad_clip / (gradient_norm(self.model) + 1e-6)).clamp(max=1.0)
+            for shard in shards:
+                shard.grad *= scale
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.model.zero_grad()
+
+    def global_loss(self, shares: Tensor) -> list[float]:
+        """The losses of which each rank of the zero axis holds a share."""
+        shares = shares.clone()
+        if self.mesh.zero.size > 1:
+            dist.all_reduce(shares, group=self.mesh.zero.group)
+        return shares.tolist()

@@ -1,0 +1,195 @@
+"""Llama, as one process would write it. It knows nothing of ranks.
+
+Whatever touches more than this process's tokens or weights is asked of `strategy`, at four places: the embedding,
+each block's attention, each block's MLP, and the head with its loss (see strategies/base.py). Everything else is
+plain PyTorch on whatever tokens and whatever slice of the weights is here. Embed, Block and Head each ask from their own
+forward, so that a strategy can have their weights gathered when they run.
+
+Shapes: B batch, S tokens, D dim, H heads, G kv heads, K head_dim, F ffn_dim, V vocabulary.
+Sources: Touvron et al. 2023 (Llama 2), Grattafiori et al. 2024 (Llama 3), Su et al. 2021 (RoPE).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.config import ModelConfig
+
+
+class Linear(nn.Linear):
+    """y = x W^T. The weight is used in the activations' dtype, so fp32 master weights can serve bf16 activations."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dim (Zhang and Sennrich 2019)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    """The projections around attention; attention itself is the strategy's."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q = Linear(config.dim, config.n_heads * config.head_dim)
+        self.k = Linear(config.dim, config.n_kv_heads * config.head_dim)
+        self.v = Linear(config.dim, config.n_kv_heads * config.head_dim)
+        self.o = Linear(config.n_heads * config.head_dim, config.dim)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, S, D] -> q [B, S, H*K], k and v [B, S, G*K]"""
+        return self.q(x), self.k(x), self.v(x)
+
+    def heads(self, qkv: tuple[Tensor, ...], rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, S, H*K], k and v [B, S, G*K] -> q [B, S, H, K], k and v [B, S, G, K], q and k rotated."""
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in qkv)
+        return rotate(q, rope), rotate(k, rope), v
+
+    def output(self, out: Tensor) -> Tensor:
+        """[B, S, H, K] -> [B, S, D]"""
+        return self.o(out.flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = Linear(config.dim, config.ffn_dim)
+        self.up = Linear(config.dim, config.ffn_dim)
+        self.down = Linear(config.ffn_dim, config.dim)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, S, D] -> gate and up [B, S, F]"""
+        return self.gate(x), self.up(x)
+
+    def output(self, projected: tuple[Tensor, ...]) -> Tensor:
+        """gate and up [B, S, F] -> [B, S, D]"""
+        gate, up = projected
+        return self.down(F.silu(gate) * up)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.project(x))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block: two residual additions, both sublayers run by the strategy."""
+
+    def __init__(self, config: ModelConfig, strategy, recompute: bool) -> None:
+        super().__init__()
+        self.attn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attn = Attention(config)
+        self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
+        self.mlp = MLP(config)
+        self.strategy = strategy
+        self.recompute = recompute
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        if self.recompute:
+            return checkpoint(self.sublayers, x, rope, use_reentrant=False)
+        return self.sublayers(x, rope)
+
+    def sublayers(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + self.strategy.attention(self.attn, self.attn_norm(x), rope)
+        return x + self.strategy.mlp(self.mlp, self.mlp_norm(x))
+
+
+class Embed(nn.Module):
+    """Tokens to vectors."""
+
+    def __init__(self, config: ModelConfig, strategy) -> None:
+        super().__init__()
+        self.table = nn.Embedding(config.vocab_size, config.dim)
+        self.strategy = strategy
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.strategy.embed(self.table, tokens)
+
+
+class Head(nn.Module):
+    """The last norm, the logits and their loss."""
+
+    def __init__(self, config: ModelConfig, strategy) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.linear = Linear(config.dim, config.vocab_size)
+        self.strategy = strategy
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return self.strategy.loss(self.linear, self.norm(x), labels)
+
+
+class Llama(nn.Module):
+    """The model on the tokens that this process owns.
+
+    `strategy` answers what involves other ranks; `dtype` is the dtype of the activations (and of the weights as they
+    are used); with `recompute` each block keeps its input only and runs again in backward.
+    """
+
+    def __init__(self, config: ModelConfig, strategy, dtype: torch.dtype, recompute: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        self.embed = Embed(config, strategy)
+        self.blocks = nn.ModuleList(Block(config, strategy, recompute) for _ in range(config.n_layers))
+        self.head = Head(config, strategy)
+        self.tie()
+
+    def tie(self) -> None:
+        """Make the head's weight the embedding's, if the model ties them (again, once either was replaced)."""
+        if self.config.tie_embeddings:
+            self.head.linear.weight = self.embed.table.weight
+
+    def forward(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+        """The sum of this process's token losses.
+
+        tokens, labels: [B, S] int64, label -100 = not counted; positions: [S], where in the sequence each token is.
+        """
+        rope = rope_tables(positions, self.config, self.dtype)
+        x = self.embed(tokens).to(self.dtype)
+        for block in self.blocks:
+            x = block(x, rope)
+        return self.head(x, labels)
+
+
+def rope_tables(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position's angles, [S, 1, K], computed in at least fp32."""
+    exact = torch.promote_types(dtype, torch.float32)
+    exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=exact) / config.head_dim
+    frequencies = scaled_frequencies(config.rope_theta**-exponents, config)
+    angles = positions.to(exact)[:, None] * frequencies
+    angles = torch.cat([angles, angles], dim=-1)[:, None, :]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def scaled_frequencies(frequencies: Tensor, config: ModelConfig) -> Tensor:
+    """Llama 3.1: waves longer than the original context are slowed by `factor`, short ones kept, the rest blended."""
+    if (scaling := config.rope_scaling) is None:
+        return frequencies
+    turns = scaling.original_max_position * frequencies / (2 * math.pi)  # of each wave within the original context
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = keep.clamp(0, 1)
+    return keep * frequencies + (1 - keep) * frequencies / scaling.factor
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding of [B, S, H, K], pairing dims k and k + K/2 as the Hugging Face checkpoints do."""
+    cos, sin = rope
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin

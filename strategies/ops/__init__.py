@@ -1,0 +1,1 @@
+"""What the strategies are written with: collectives, attention over one block or around a ring, sharded weights."""

@@ -1,0 +1,204 @@
+"""The verbs. Each sends what its name says along one axis of the mesh, and its backward sends the opposite.
+
+    verb             forward                                       backward
+    copy             the same tensor on every rank (sends nothing) all_reduce
+    all_reduce       sum over ranks                                copy
+    all_gather       shard along `dim` -> whole                    reduce_scatter
+    reduce_scatter   partial sums -> shard of the sum along `dim`  all_gather
+    all_to_all       whole along `split`, shard along `concat`,    all_to_all, the other way
+                     -> shard along `split`, whole along `concat`
+    shift            to the next rank of the ring (no autograd: ring attention writes its own backward)
+
+Along an axis of size 1 nothing is sent. Verbs that can overlap with computation return a Pending.
+"""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+
+from strategies.ops.mesh import Axis
+
+
+@dataclass
+class Label:
+    """What a ledger should call the traffic of the moment, where the dispatched op alone does not say it."""
+
+    kind: str | None = None  # the collective that it stands for
+    source: str | None = None  # the strategy line that caused it, where it is not on the stack
+
+
+label = Label()
+
+
+@contextmanager
+def labelled(kind: str | None = None, source: str | None = None):
+    """Label what is sent inside."""
+    global label
+    outer, label = label, Label(kind, source)
+    try:
+        yield
+    finally:
+        label = outer
+
+
+class Pending:
+    """A collective in flight. wait() returns its result and lets go of its buffers."""
+
+    def __init__(self, works: list[dist.Work], buffers: tuple[Tensor, ...], finish: Callable[..., Tensor]) -> None:
+        self.works, self.buffers, self.finish = works, buffers, finish
+
+    def wait(self) -> Tensor:
+        for work in self.works:
+            work.wait()
+        result = self.finish(*self.buffers)
+        self.works, self.buffers = [], ()
+        return result
+
+
+# The plain collectives, without autograd. Along dim 0 chunks are adjacent in memory, so other dims are moved there.
+
+
+def start_all_gather(x: Tensor, dim: int, axis: Axis) -> Pending:
+    """Shard [.., s, ..] -> Pending of the whole [.., size * s, ..] along `dim`."""
+    x = x.contiguous()
+    chunks = x.new_empty(axis.size, *x.shape)
+    work = dist.all_gather_into_tensor(chunks.flatten(0, 1), x, axis.group, async_op=True)
+    return Pending([work], (chunks, x), lambda chunks, _: chunks.movedim(0, dim).flatten(dim, dim + 1))
+
+
+def start_reduce_scatter(x: Tensor, dim: int, axis: Axis) -> Pending:
+    """Partial sums [.., S, ..] -> Pending of this rank's shard [.., S / size, ..] of the sum along `dim`."""
+    chunks = x.unflatten(dim, (axis.size, -1)).movedim(dim, 0).contiguous()
+    out = chunks.new_empty(chunks.shape[1:])
+    return reduce_scatter_chunks(out, chunks, axis.group)
+
+
+def reduce_scatter_chunks(out: Tensor, chunks: Tensor, group: dist.ProcessGroup) -> Pending:
+    """Sum chunks [size, ...] over the ranks; chunk i of the sum goes to rank i, into `out`.
+
+    On CPU it is an all-to-all and a local sum: gloo's own reduce_scatter is an all-reduce and a slice, which puts
+    twice the bytes on the wire and rounds after every addition.
+    """
+    if out.device.type != "cpu":
+        work = dist.reduce_scatter_tensor(out, chunks.flatten(0, 1), group=group, async_op=True)
+        return Pending([work], (out, chunks), lambda out, _: out)
+    parts = torch.empty_like(chunks)
+    with labelled(kind="reduce_scatter", source=label.source):
+        work = dist.all_to_all_single(parts, chunks, group=group, async_op=True)
+    return Pending([work], (out, chunks, parts), lambda out, _, parts: torch.sum(parts, dim=0, out=out))
+
+
+def exchange(x: Tensor, split: int, concat: int, axis: Axis) -> Tensor:
+    """Cut x along `split` into one part per rank, swap, and join what arrives along `concat`."""
+    parts = x.unflatten(split, (axis.size, -1)).movedim(split, 0).contiguous()
+    arrived = torch.empty_like(parts)
+    dist.all_to_all_single(arrived, parts, group=axis.group)
+    return arrived.movedim(0, concat).flatten(concat, concat + 1)
+
+
+def sum_over(x: Tensor, axis: Axis) -> Tensor:
+    """A new tensor: the sum of every rank's x."""
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=axis.group)
+    return total
+
+
+def shift(x: Tensor, axis: Axis) -> Pending:
+    """Send x to the next rank along the axis and receive the previous one's: one hop of the ring."""
+    arrived = torch.empty_like(x)
+    hop = [
+        dist.P2POp(dist.isend, x, axis.peer(+1), axis.group),
+        dist.P2POp(dist.irecv, arrived, axis.peer(-1), axis.group),
+    ]
+    return Pending(dist.batch_isend_irecv(hop), (arrived, x), lambda arrived, _: arrived)
+
+
+# The verbs, with autograd.
+
+
+class Copy(Function):
+    """Megatron's f (Shoeybi et al. 2019, figure 3)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return sum_over(grad, ctx.axis), None
+
+
+class AllReduce(Function):
+    """Megatron's g."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
+        return sum_over(x, axis)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, None
+
+
+class AllGather(Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, dim: int, axis: Axis) -> Tensor:
+        ctx.dim, ctx.axis = dim, axis
+        return start_all_gather(x, dim, axis).wait()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return start_reduce_scatter(grad, ctx.dim, ctx.axis).wait(), None, None
+
+
+class ReduceScatter(Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, dim: int, axis: Axis) -> Tensor:
+        ctx.dim, ctx.axis = dim, axis
+        return start_reduce_scatter(x, dim, axis).wait()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return start_all_gather(grad, ctx.dim, ctx.axis).wait(), None, None
+
+
+class AllToAll(Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, split: int, concat: int, axis: Axis) -> Tensor:
+        ctx.split, ctx.concat, ctx.axis = split, concat, axis
+        return exchange(x, split, concat, axis)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return exchange(grad, ctx.concat, ctx.split, ctx.axis), None, None, None
+
+
+def copy(x: Tensor, axis: Axis) -> Tensor:
+    """x, which every rank has; backward sums the ranks' gradients of it."""
+    return x if axis.size == 1 else Copy.apply(x, axis)
+
+
+def all_reduce(x: Tensor, axis: Axis) -> Tensor:
+    """{x} unreduced -> x on every rank."""
+    return x if axis.size == 1 else AllReduce.apply(x, axis)
+
+
+def all_gather(x: Tensor, dim: int, axis: Axis) -> Tensor:
+    """Shard along `dim` -> whole on every rank."""
+    return x if axis.size == 1 else AllGather.apply(x, dim, axis)
+
+
+def reduce_scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
+    """{x} unreduced -> this rank's shard along `dim`."""
+    return x if axis.size == 1 else ReduceScatter.apply(x, dim, axis)
+
+
+def all_to_all(x: Tensor, split: int, concat: int, axis: Axis) -> Tensor:
+    """Shard along `concat` and whole along `split` -> whole along `concat` and shard along `split`."""
+    return x if axis.size == 1 else AllToAll.apply(x, split, concat, axis)

@@ -1,0 +1,179 @@
+"""Which weights a rank owns: column and row slices (Megatron), replicas, and ZeRO by FSDP2.
+
+Sharding happens on the meta device, before any weight exists. materialize() then makes this rank's share only, from
+one whole parameter at a time, and whole_parameters() puts the wholes together again.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from strategies.ops.collectives import labelled, reduce_scatter_chunks, sum_over
+from strategies.ops.mesh import Axis
+
+
+@dataclass(frozen=True)
+class Share:
+    """This rank's slice of a parameter along `dim`, one of `ways`, before ZeRO cuts that again along dim 0.
+
+    `partial` is the axis along which ranks that hold the same slice each see only a part of its gradient;
+    `declared` is the strategy line that said so.
+    """
+
+    dim: int = 0
+    start: int = 0
+    stop: int | None = None
+    ways: int = 1
+    partial: Axis | None = None
+    declared: str | None = None
+
+    def of(self, whole: Tensor) -> Tensor:
+        stop = whole.shape[self.dim] if self.stop is None else self.stop
+        return whole.narrow(self.dim, self.start, stop - self.start)
+
+
+def set_share(module: nn.Module, share: Share, name: str = "weight") -> None:
+    """Replace the module's (meta) parameter by this rank's slice of it."""
+    local = share.of(getattr(module, name).detach())
+    setattr(module, name, nn.Parameter(torch.empty_like(local, memory_format=torch.contiguous_format)))
+    module.shares = {name: share}
+
+
+def column(linear: nn.Module, axis: Axis) -> None:
+    """Y_tp = X W_tp^T: split the outputs (or an embedding's rows), evenly or off by one."""
+    set_share(linear, Share(0, *axis.span(linear.weight.shape[0]), axis.size))
+
+
+def row(linear: nn.Module, axis: Axis) -> None:
+    """{Y_tp} = X_tp W_tp^T: split the inputs."""
+    set_share(linear, Share(1, *axis.span(linear.weight.shape[1]), axis.size))
+
+
+def column_heads(linear: nn.Module, n_heads: int, axis: Axis, replicas: Axis) -> None:
+    """Split the outputs by heads. With more ranks than heads, `replicas.size` neighbours hold the same head."""
+    head_dim = linear.weight.shape[0] // n_heads
+    owners = Axis(axis.name, axis.size // replicas.size, axis.rank // replicas.size)
+    start, stop = owners.span(n_heads)
+    partial = replicas if replicas.size > 1 else None
+    set_share(linear, Share(0, start * head_dim, stop * head_dim, owners.size, partial, declared=caller()))
+
+
+def partial_gradients(module: nn.Module, axis: Axis) -> None:
+    """Every rank holds the weight but sees only its own tokens: the gradient is to be summed along the axis."""
+    if axis.size > 1:
+        set_share(module, Share(partial=axis, declared=caller()))
+
+
+def caller() -> str:
+    """The strategy line that called the function that called this, as file:line."""
+    frame = sys._getframe(2)
+    return f"strategies/{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
+
+
+class ReduceScatter:
+    """FSDP2's reduce-scatter through ours, so that on gloo it sends no more than it must."""
+
+    def allocate(self, size, *, dtype, device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor, input_tensor, group, op, async_op=False):
+        if op != dist.ReduceOp.SUM:
+            raise RuntimeError(f"gradients are summed over ranks, and FSDP2 asked for {op}")
+        reduce_scatter_chunks(output_tensor, input_tensor.view(group.size(), -1), group).wait()
+
+
+def zero3(*modules: nn.Module, axis: Axis, compute_dtype: torch.dtype, stage: int = 3) -> None:
+    """Shard the modules' weights, gradients and optimizer state over the axis (Rajbhandari et al. 2020), as FSDP2.
+
+    They gather their weights, in `compute_dtype` and all in one message, when their own forward is called; with stage
+    2 they keep them until backward is done. Gradients are summed, never averaged: the loss is already divided by the
+    global token count.
+    """
+    if axis.size == 1:
+        return
+    master_dtype = next(modules[0].parameters()).dtype
+    mixed = {"param_dtype": compute_dtype, "reduce_dtype": master_dtype} if compute_dtype != master_dtype else {}
+    policy = MixedPrecisionPolicy(**mixed, cast_forward_inputs=False)
+    fully_shard(list(modules), mesh=axis.mesh, reshard_after_forward=stage == 3, mp_policy=policy)
+    modules[0].set_gradient_divide_factor(1.0)
+    modules[0].set_force_sum_reduction_for_comms(True)
+    if axis.mesh.device_type == "cpu":
+        modules[0].set_custom_reduce_scatter(ReduceScatter())
+
+
+def owned(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Share]]:
+    """Every parameter once, under its name in the unsharded model, with this rank's share of it."""
+    for name, parameter in model.named_parameters():
+        path, _, leaf = name.rpartition(".")
+        yield name, parameter, getattr(model.get_submodule(path), "shares", {}).get(leaf, Share())
+
+
+def local(parameter: Tensor) -> Tensor:
+    """What of a parameter (or gradient) is in this rank's memory."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def in_whole(whole: Tensor, parameter: Tensor, share: Share) -> Tensor:
+    """The view of the whole parameter that local(parameter) holds."""
+    part = share.of(whole)
+    if isinstance(parameter, DTensor):
+        chunk = -(-part.shape[0] // parameter.device_mesh.size())
+        start = min(parameter.device_mesh.get_local_rank() * chunk, part.shape[0])
+        part = part[start : start + chunk]
+    return part
+
+
+def materialize(model: nn.Module, device: str, whole: Callable[[str], Tensor]) -> None:
+    """Give a sharded meta model its weights. whole(name) is called for one parameter at a time, in order."""
+    model.to_empty(device=device)
+    model.tie()  # to_empty gave the head a weight of its own
+    with torch.no_grad():
+        for name, parameter, share in owned(model):
+            local(parameter).copy_(in_whole(whole(name), parameter, share))
+
+
+def whole_parameters(model: nn.Module, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
+    """Every whole parameter, one at a time, on every rank: what a checkpoint holds."""
+    for name, parameter, share in owned(model):
+        mine = local(parameter.detach())
+        whole = mine.new_full(shapes[name], float("-inf"))
+        in_whole(whole, parameter, share).copy_(mine)
+        if dist.is_initialized():
+            dist.all_reduce(whole, dist.ReduceOp.MAX)  # every element is held somewhere; replicas agree
+        yield name, whole
+
+
+def sum_partial_gradients(model: nn.Module) -> None:
+    """Finish the gradients of replicated weights: one all-reduce per axis, in fp32, of all of them together."""
+    by_axis: dict[str, list[tuple[Tensor, Share]]] = {}
+    for _, parameter, share in owned(model):
+        if share.partial is not None:
+            by_axis.setdefault(share.partial.name, []).append((local(parameter.grad), share))
+    for grads in by_axis.values():
+        wide = torch.promote_types(grads[0][0].dtype, torch.float32)
+        flat = torch.cat([grad.flatten().to(wide) for grad, _ in grads])
+        with labelled(source=grads[0][1].declared):
+            total = sum_over(flat, grads[0][1].partial)
+        for (grad, _), part in zip(grads, total.split([grad.numel() for grad, _ in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """The 2-norm of the whole model's gradient, every element counted once however many ranks hold it."""
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    squares = []
+    for _, parameter, share in owned(model):
+        zero_ways = parameter.device_mesh.size() if isinstance(parameter, DTensor) else 1
+        holders = world_size // (share.ways * zero_ways)
+        grad = local(parameter.grad)
+        squares.append(grad.to(torch.promote_types(grad.dtype, torch.float32)).square().sum() / holders)
+    total = torch.stack(squares).sum()
+    if world_size > 1:
+        dist.all_reduce(total)
+    return total.sqrt()

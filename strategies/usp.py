@@ -1,0 +1,53 @@
+"""usp: Ulysses with ring attention in the middle, on a ulysses x ring mesh, with ZeRO-3 weights.
+
+paper           Fang and Zhao 2024, USP, section 3
+tokens          S/N everywhere but in attention: split around the ring in ring.layout, each part again over ulysses
+weights         1/N of everything, gathered a block at a time
+attention       S/ring tokens of H/ulysses heads: exchanged over ulysses, then keys and values travel the ring
+mlp             local on S/N tokens
+embedding, head local on S/N tokens, their weights gathered like a block's; logits [B, S/N, V]
+communication   forward: 4 A2A(D/N, rho Dk/N) over ulysses, ring-1 hops of (k, v) + AG(P);
+                backward: the same with ring-1 hops of (dk, dv) too + AG(P) + RS(P)
+needs           n_heads % ulysses == 0; ulysses and n_kv_heads: one divides the other;
+                seq_len % (2 ring ulysses) == 0 for zigzag, % (ring ulysses) for the others
+"""
+
+from torch import Tensor
+
+from strategies.base import Rule, Shape, heads_rule, sequence_rule
+from strategies.ops.collectives import all_to_all
+from strategies.ops.layouts import ring_split
+from strategies.ops.ring_attention import ring_attention
+from strategies.ulysses import HEADS, SEQUENCE, Ulysses, copy_kv_heads
+
+
+class USP(Ulysses):
+    axes = ("ulysses", "ring")
+
+    @classmethod
+    def degrees(cls, free: int, shape: Shape) -> dict[str, int]:
+        """The widest ulysses that the heads allow without copies and that leaves the ring at least two ranks."""
+        widest = max(1, free // 2)
+        fits = (
+            u for u in range(widest, 0, -1) if free % u == 0 and shape.n_heads % u == 0 and shape.n_kv_heads % u == 0
+        )
+        ulysses = next(fits, 1)
+        return {"ulysses": ulysses, "ring": free // ulysses}
+
+    @classmethod
+    def rules(cls, shape: Shape) -> list[Rule]:
+        return [heads_rule("mesh.ulysses", shape.degrees["ulysses"], shape), sequence_rule(shape)]
+
+    def split(self, tokens: Tensor) -> Tensor:
+        around = ring_split(tokens, SEQUENCE, self.options.ring_layout, self.ring)
+        return around.chunk(self.ulysses.size, SEQUENCE)[self.ulysses.rank]
+
+    def attention(self, attn, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        q, k, v = attn.heads(attn.project(x), rope)  # [B, S_sp, H, K], k and v [B, S_sp, G, K]
+        k, v = copy_kv_heads(k, self.ulysses), copy_kv_heads(v, self.ulysses)
+        q = all_to_all(q, HEADS, SEQUENCE, self.ulysses)  # -> [B, S_ring, H_ulysses, K]
+        k = all_to_all(k, HEADS, SEQUENCE, self.ulysses)  # -> [B, S_ring, G_ulysses, K]
+        v = all_to_all(v, HEADS, SEQUENCE, self.ulysses)
+        out = ring_attention(q, k, v, self.ring, self.options)
+        out = all_to_all(out, SEQUENCE, HEADS, self.ulysses)  # [B, S_ring, H_ulysses, K] -> [B, S_sp, H, K]
+        return attn.output(out)

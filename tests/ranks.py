@@ -1,0 +1,84 @@
+"""A pool of gloo ranks that stay up between tests: a test runs on N of them in milliseconds plus its work."""
+
+import contextlib
+import multiprocessing as mp
+import os
+import tempfile
+import traceback
+from datetime import timedelta
+
+TIMEOUT_S = 120
+
+
+def serve(rank: int, world_size: int, rendezvous: str, pipe) -> None:
+    """One rank: run what arrives, answer with its result or its traceback."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=TIMEOUT_S),
+    )
+    while (job := pipe.recv()) is not None:
+        function, args = job
+        try:
+            pipe.send((True, function(rank, *args)))
+        except Exception:
+            pipe.send((False, traceback.format_exc()))
+    dist.destroy_process_group()
+    os._exit(0)
+
+
+class Pool:
+    """world_size ranks in a process group of their own."""
+
+    def __init__(self, world_size: int) -> None:
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "bench.training"])
+        self.folder = tempfile.TemporaryDirectory()
+        rendezvous = os.path.join(self.folder.name, "rendezvous")
+        self.pipes, self.processes = [], []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(rank, world_size, rendezvous, theirs), daemon=True)
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, function, *args) -> list:
+        """function(rank, *args) on every rank -> the results in rank order. Raises with the first rank's traceback."""
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        answers = []
+        for rank, pipe in enumerate(self.pipes):
+            if not pipe.poll(TIMEOUT_S):
+                raise TimeoutError(f"rank {rank} did not answer in {TIMEOUT_S} s")
+            answers.append(pipe.recv())
+        failures = [f"rank {rank}:\n{text}" for rank, (fine, text) in enumerate(answers) if not fine]
+        if failures:
+            raise AssertionError("\n".join(failures))
+        return [result for _, result in answers]
+
+    def close(self) -> None:
+        for pipe, process in zip(self.pipes, self.processes, strict=True):
+            with contextlib.suppress(OSError):
+                pipe.send(None)
+            process.join(1)
+            process.kill()
+
+
+pools: dict[int, Pool] = {}
+
+
+def on_ranks(world_size: int, function, *args) -> list:
+    """Run function(rank, *args) on world_size ranks; a pool that fails is replaced before the next test."""
+    pool = pools.get(world_size) or pools.setdefault(world_size, Pool(world_size))
+    try:
+        return pool.run(function, *args)
+    except BaseException:
+        pools.pop(world_size).close()
+        raise
