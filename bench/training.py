@@ -95,27 +95,32 @@ class Training:
         sum_partial_gradients(self.model)
 
     def update(self) -> None:
-        """Clip, AdamW, and forget the gradients.
-
-        The optimizer sees plain tensors, this rank's shards: AdamW is elementwise, and needs nothing from DTensor.
-        """
-        parameters = list(self.model.parameters())
+        """Clip, AdamW, and zero the gradients, which stay allocated from step to step."""
         if self.optimizer is None:
-            shards = [torch.nn.Parameter(local(p.detach())) for p in parameters]
-            o = self.optim
-            self.optimizer = torch.optim.AdamW(
-                shards, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay, fused=True
-            )
-        shards = self.optimizer.param_groups[0]["params"]
-        for shard, parameter in zip(shards, parameters, strict=True):
-            shard.grad = local(parameter.grad)
+            self.optimizer = self.make_optimizer()
+        grads = [shard.grad for shard in self.optimizer.param_groups[0]["params"]]
         if self.optim.grad_clip is not None:
             scale = (self.optim.grad_clip / (gradient_norm(self.model) + 1e-6)).clamp(max=1.0)
-            for shard in shards:
-                shard.grad *= scale
+            torch._foreach_mul_(grads, scale)
         self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.model.zero_grad()
+        torch._foreach_zero_(grads)
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """AdamW over plain tensors, this rank's shards: it is elementwise, and needs nothing from DTensor."""
+        shards = []
+        for parameter in self.model.parameters():
+            shards.append(torch.nn.Parameter(local(parameter.detach())))
+            shards[-1].grad = local(parameter.grad)
+        o = self.optim
+        return torch.optim.AdamW(
+            shards, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay, fused=True
+        )
+
+    def state(self) -> dict[str, list[Tensor]]:
+        """What of the model and its optimizer lives on this rank, after the first update."""
+        shards = self.optimizer.param_groups[0]["params"]
+        moments = [moment for state in self.optimizer.state.values() for moment in state.values()]
+        return {"params": shards, "grads": [shard.grad for shard in shards], "optimizer": moments}
 
     def global_loss(self, shares: Tensor) -> list[float]:
         """The losses of which each rank of the zero axis holds a share."""

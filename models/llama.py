@@ -2,8 +2,8 @@
 
 Whatever touches more than this process's tokens or weights is asked of `strategy`, at four places: the embedding,
 each block's attention, each block's MLP, and the head with its loss (see strategies/base.py). Everything else is
-plain PyTorch on whatever tokens and whatever slice of the weights is here. Embed, Block and Head each ask from their own
-forward, so that a strategy can have their weights gathered when they run.
+plain PyTorch on whatever tokens and whatever slice of the weights is here. Embed, Block and Head each ask from their
+own forward, so that a strategy can have their weights gathered when they run.
 
 Shapes: B batch, S tokens, D dim, H heads, G kv heads, K head_dim, F ffn_dim, V vocabulary.
 Sources: Touvron et al. 2023 (Llama 2), Grattafiori et al. 2024 (Llama 3), Su et al. 2021 (RoPE).

@@ -86,7 +86,7 @@ def heads_rule(key: str, degree: int, shape: Shape) -> Rule:
 class Strategy:
     """Inherit, fill in the card, the axes and the four answers, and register in strategies/__init__.py."""
 
-    axes: ClassVar[tuple[str, ...]] = ()  # the mesh axes that it has beside dp, widest first when world_size decides
+    axes: ClassVar[tuple[str, ...]] = ()  # the mesh axes that it has beside dp
 
     def __init__(self, mesh: Mesh, options: Options) -> None:
         self.mesh, self.options = mesh, options
@@ -94,7 +94,7 @@ class Strategy:
 
     @classmethod
     def degrees(cls, free: int, shape: Shape) -> dict[str, int]:
-        """How `free` ranks are laid out along the axes that the user left open: the first axis takes all."""
+        """How `free` ranks are laid out when the mesh is left open; without an axis of its own, over dp."""
         return {cls.axes[0] if cls.axes else "dp": free}
 
     @classmethod

@@ -26,10 +26,9 @@ class USP(Ulysses):
 
     @classmethod
     def degrees(cls, free: int, shape: Shape) -> dict[str, int]:
-        """The widest ulysses that the heads allow without copies and that leaves the ring at least two ranks."""
-        widest = max(1, free // 2)
+        """The widest ulysses that the heads allow without copies, as long as the ring keeps at least two ranks."""
         fits = (
-            u for u in range(widest, 0, -1) if free % u == 0 and shape.n_heads % u == 0 and shape.n_kv_heads % u == 0
+            u for u in range(max(1, free // 2), 1, -1) if not (free % u or shape.n_heads % u or shape.n_kv_heads % u)
         )
         ulysses = next(fits, 1)
         return {"ulysses": ulysses, "ring": free // ulysses}

@@ -14,7 +14,7 @@ Along an axis of size 1 nothing is sent. Verbs that can overlap with computation
 
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -29,17 +29,22 @@ class Label:
     """What a ledger should call the traffic of the moment, where the dispatched op alone does not say it."""
 
     kind: str | None = None  # the collective that it stands for
-    source: str | None = None  # the strategy line that caused it, where it is not on the stack
+    source: str | None = None  # the strategy line that caused it, where that is not on the stack
+    weights: bool = False  # it carries weights or their gradients, not activations
 
 
 label = Label()
 
+# torch 2.13 has new names for these two, and 2.11 only the old ones.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 @contextmanager
-def labelled(kind: str | None = None, source: str | None = None):
-    """Label what is sent inside."""
+def labelled(**changes):
+    """Change the label of what is sent inside."""
     global label
-    outer, label = label, Label(kind, source)
+    outer, label = label, replace(label, **changes)
     try:
         yield
     finally:
@@ -67,7 +72,7 @@ def start_all_gather(x: Tensor, dim: int, axis: Axis) -> Pending:
     """Shard [.., s, ..] -> Pending of the whole [.., size * s, ..] along `dim`."""
     x = x.contiguous()
     chunks = x.new_empty(axis.size, *x.shape)
-    work = dist.all_gather_into_tensor(chunks.flatten(0, 1), x, axis.group, async_op=True)
+    work = all_gather_single(chunks.flatten(0, 1), x, axis.group, async_op=True)
     return Pending([work], (chunks, x), lambda chunks, _: chunks.movedim(0, dim).flatten(dim, dim + 1))
 
 
@@ -85,10 +90,10 @@ def reduce_scatter_chunks(out: Tensor, chunks: Tensor, group: dist.ProcessGroup)
     twice the bytes on the wire and rounds after every addition.
     """
     if out.device.type != "cpu":
-        work = dist.reduce_scatter_tensor(out, chunks.flatten(0, 1), group=group, async_op=True)
+        work = reduce_scatter_single(out, chunks.flatten(0, 1), group=group, async_op=True)
         return Pending([work], (out, chunks), lambda out, _: out)
     parts = torch.empty_like(chunks)
-    with labelled(kind="reduce_scatter", source=label.source):
+    with labelled(kind="reduce_scatter"):
         work = dist.all_to_all_single(parts, chunks, group=group, async_op=True)
     return Pending([work], (out, chunks, parts), lambda out, _, parts: torch.sum(parts, dim=0, out=out))
 

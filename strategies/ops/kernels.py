@@ -9,6 +9,7 @@ softmax over more keys than k holds: it then returns this block's part of the wh
 """
 
 import importlib.util
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -94,7 +95,9 @@ class FlashAttention2:
     """The flash-attn package (Dao 2023), fp16 and bf16 on CUDA; from 2.7 on lse is [B, H, Sq]."""
 
     name = "flash_attn"
-    plain = {"dropout_p": 0.0, "window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "alibi_slopes": None}
+    plain = MappingProxyType(
+        {"dropout_p": 0.0, "window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "alibi_slopes": None}
+    )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
         from flash_attn.flash_attn_interface import _flash_attn_forward

@@ -7,7 +7,7 @@ Order, slowest first: dp, ring, ulysses, tp. Neighbours in tp and ulysses talk m
 from dataclasses import dataclass
 
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 AXES = ("dp", "ring", "ulysses", "tp")
 
@@ -19,7 +19,7 @@ class Axis:
     name: str
     size: int = 1
     rank: int = 0
-    mesh: DeviceMesh | None = None
+    mesh: DeviceMesh | None = None  # of this axis alone
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -47,32 +47,40 @@ class Mesh:
     @classmethod
     def build(cls, device: str, dp: int = 1, ring: int = 1, ulysses: int = 1, tp: int = 1) -> "Mesh":
         """Every rank calls this once, after init_process_group with dp * ring * ulysses * tp ranks."""
-        degrees = dict(zip(AXES, (dp, ring, ulysses, tp), strict=True))
-        axes = axes_of(device, degrees)
-        # A group of its own, so that weights and activations never queue behind one another.
-        zero = axes_of(device, {"zero": dp * ring * ulysses, "tp": tp})["zero"]
+        axes = axes_of(device, dict(zip(AXES, (dp, ring, ulysses, tp), strict=True)))
+        zero = axes_of(device, {"zero": dp * ring * ulysses, "inside": tp})["zero"]
         return cls(**axes, zero=zero)
 
 
 def axes_of(device: str, degrees: dict[str, int]) -> dict[str, Axis]:
-    """Lay the ranks out as `degrees`, first axis slowest, and return this rank's view of every axis."""
-    wide = {name: size for name, size in degrees.items() if size > 1}
-    axes = {name: Axis(name) for name in degrees}
-    if wide:
-        mesh = init_device_mesh(device, tuple(wide.values()), mesh_dim_names=tuple(wide))
-        for name, size in wide.items():
-            axes[name] = Axis(name, size, mesh.get_local_rank(name), mesh[name] if len(wide) > 1 else mesh)
+    """Lay the ranks out as `degrees`, first axis slowest, and return this rank's view of every axis.
+
+    Every axis gets groups of its own, even where two have the same ranks: weights never queue behind activations,
+    and a group's description says which axis it is.
+    """
+    axes, stride = {}, 1
+    for name, size in reversed(degrees.items()):
+        axes[name] = axis_of(device, name, size, stride)
+        stride *= size
     return axes
+
+
+def axis_of(device: str, name: str, size: int, stride: int) -> Axis:
+    """The axis along which this rank's peers are `stride` apart."""
+    if size == 1:
+        return Axis(name)
+    me = dist.get_rank()
+    place = me // stride % size
+    ranks = [me + (i - place) * stride for i in range(size)]
+    group = dist.new_group(ranks, use_local_synchronization=True, group_desc=name)
+    return Axis(name, size, place, DeviceMesh.from_group(group, device, ranks, mesh_dim_names=(name,)))
 
 
 def neighbours(axis: Axis, size: int) -> Axis:
     """Groups of `size` consecutive ranks within `axis`, the innermost: those that hold one and the same slice."""
-    if size == 1:
-        return Axis(f"{axis.name}_replicas")
-    name = f"{axis.name}_replicas"
-    return axes_of(axis.mesh.device_type, {"others": dist.get_world_size() // size, name: size})[name]
+    return axis_of(axis.mesh.device_type if axis.mesh else "cpu", f"{axis.name}_replicas", size, stride=1)
 
 
 def everyone(axis: Axis) -> Axis:
     """All ranks as one axis, on the device of `axis`."""
-    return axes_of(axis.mesh.device_type, {"world": dist.get_world_size()})["world"] if axis.mesh else Axis("world")
+    return axis_of(axis.mesh.device_type, "world", dist.get_world_size(), stride=1) if axis.mesh else Axis("world")

@@ -158,7 +158,7 @@ def sum_partial_gradients(model: nn.Module) -> None:
     for grads in by_axis.values():
         wide = torch.promote_types(grads[0][0].dtype, torch.float32)
         flat = torch.cat([grad.flatten().to(wide) for grad, _ in grads])
-        with labelled(source=grads[0][1].declared):
+        with labelled(source=grads[0][1].declared, weights=True):
             total = sum_over(flat, grads[0][1].partial)
         for (grad, _), part in zip(grads, total.split([grad.numel() for grad, _ in grads]), strict=True):
             grad.copy_(part.view_as(grad))

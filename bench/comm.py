@@ -1,0 +1,151 @@
+"""The communication ledger: every collective that a step dispatches, with its bytes and the line that caused it.
+
+It watches the dispatcher, so nothing that communicates can be missed: the strategies' verbs, FSDP2's own traffic,
+forward, recomputation and backward. Bytes sent are those of the bandwidth-optimal algorithm over P ranks; S is the
+payload: an all_gather's output, a reduce_scatter's input, the buffer otherwise.
+"""
+
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import strategies
+from strategies.ops import collectives
+
+
+@dataclass
+class Kind:
+    """A collective: its name here, the bytes that a rank sends of payload S among P ranks, and which argument is S."""
+
+    name: str
+    sent: Callable[[int, int], float]
+    payload: int
+
+
+def once(s: int, p: int) -> float:
+    return s * (p - 1) / p
+
+
+OUTPUT, INPUT = 0, 1  # the position of the tensors in the dispatched op's arguments
+KINDS = {
+    "_allgather_base_": Kind("all_gather", once, OUTPUT),
+    "allgather_": Kind("all_gather", once, OUTPUT),
+    "_reduce_scatter_base_": Kind("reduce_scatter", once, INPUT),
+    "reduce_scatter_": Kind("reduce_scatter", once, INPUT),
+    "allreduce_": Kind("all_reduce", lambda s, p: 2 * once(s, p), OUTPUT),
+    "alltoall_base_": Kind("all_to_all", once, INPUT),
+    "alltoall_": Kind("all_to_all", once, INPUT),
+    "send": Kind("p2p", lambda s, p: s, OUTPUT),
+}
+SILENT = {"recv_", "barrier", "monitored_barrier_"}  # the sender counts; a barrier carries nothing
+
+ROOT = Path(strategies.__file__).parents[1]
+STRATEGY_FILE = re.compile(re.escape(f"{ROOT}/") + r"(strategies/(?!ops/)[\w/]+\.py)")
+
+
+@dataclass
+class Entry:
+    """One line of comm.csv."""
+
+    phase: str
+    kind: str
+    axis: str
+    group_size: int
+    dtype: str
+    source: str
+    weights: bool  # carries weights or their gradients
+    calls: int = 0
+    payload_bytes: int = 0
+    sent_bytes: float = 0.0
+
+
+class Ledger(TorchDispatchMode):
+    """Counts what is sent inside `with ledger:`; set `phase` to forward, backward or optimizer as the step goes on.
+
+    Anomaly mode is on inside, because it alone remembers in backward which forward line made a node. Both cost time:
+    count in a step that is not timed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.names = {id(module): name for name, module in model.named_modules()}
+        self.phase = "forward"
+        self.entries: dict[tuple, Entry] = {}
+
+    def __enter__(self):
+        self.remember_lines = torch.autograd.set_detect_anomaly(True, check_nan=False)
+        return super().__enter__()
+
+    def __exit__(self, *exc) -> None:
+        self.remember_lines.__exit__()
+        super().__exit__(*exc)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.count(func, args)
+        return func(*args, **(kwargs or {}))
+
+    def count(self, func, args) -> None:
+        op = func._schema.name.partition("::")[2]
+        if op in SILENT:
+            return
+        if func.namespace != "c10d" or op not in KINDS:
+            raise RuntimeError(f"the ledger does not know how many bytes {func._schema.name} sends")
+        kind = KINDS[op]
+        group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject) and is_group(a))
+        tensors = [t for t in tree_leaves(args[kind.payload]) if isinstance(t, Tensor)]
+        payload = sum(t.numel() * t.element_size() for t in tensors)
+        source, from_zero = self.where()
+        entry = Entry(
+            phase="recompute" if recomputing() else self.phase,
+            kind=collectives.label.kind or kind.name,
+            axis="world" if group is dist.group.WORLD else group.group_desc,
+            group_size=group.size(),
+            dtype=str(tensors[0].dtype).removeprefix("torch."),
+            source=collectives.label.source or source,
+            weights=from_zero or collectives.label.weights or self.phase == "optimizer",
+        )
+        entry = self.entries.setdefault(astuple(entry), entry)
+        entry.calls += 1
+        entry.payload_bytes += payload
+        entry.sent_bytes += kind.sent(payload, group.size())
+
+    def where(self) -> tuple[str, bool]:
+        """The strategy line that this collective comes from; or the module whose weights ZeRO sends, and True."""
+        frame = sys._getframe(2)
+        while frame is not None:
+            if isinstance(group := frame.f_locals.get("self"), FSDPParamGroup):
+                return f"zero3 {self.names[id(group.modules[0])]}", True
+            if match := STRATEGY_FILE.match(frame.f_code.co_filename):
+                return f"{match[1]}:{frame.f_lineno}", False
+            frame = frame.f_back
+        node = torch._C._current_autograd_node()  # in backward: the line whose forward made this node
+        for line in reversed(node.metadata.get("traceback_", []) if node is not None else []):
+            if (match := STRATEGY_FILE.search(line)) and (number := re.search(r"line (\d+)", line)):
+                return f"{match[1]}:{number[1]}", False
+        return "harness", False
+
+
+def is_group(argument: torch.ScriptObject) -> bool:
+    return "ProcessGroup" in argument._type().name()
+
+
+def recomputing() -> bool:
+    """Is a checkpointed block running its forward again, inside backward?"""
+    if torch._C._current_graph_task_id() == -1:
+        return False
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_filename.endswith("models/llama.py") and frame.f_code.co_name == "sublayers":
+            return True
+        frame = frame.f_back
+    return False

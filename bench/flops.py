@@ -1,0 +1,47 @@
+"""Floating-point operations of one step on one rank: matrix products as dispatched, attention causal-exactly.
+
+A causal mask lets S (S + 1) / 2 of the S^2 query-key pairs through, and only these are counted, whatever the kernel
+computes. A pair costs 4 K a head forward (scores and output) and 10 K backward (five products: Dao 2023, section 3.1).
+"""
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+
+class FlopCounter(TorchDispatchMode):
+    """Counts inside `with counter:`; wrap the attention kernel in CountedKernel so that it is counted by pairs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+        self.in_attention = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not self.in_attention and (formula := flop_registry.get(func._overloadpacket)):
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+class CountedKernel:
+    """An attention kernel that reports the pairs that it was asked for."""
+
+    def __init__(self, kernel, counter: FlopCounter) -> None:
+        self.kernel, self.counter = kernel, counter
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool):
+        return self.counted(self.kernel.forward, 4, q, k, (q, k, v), causal)
+
+    def backward(self, grad, q: Tensor, k: Tensor, v: Tensor, out, lse, causal: bool):
+        return self.counted(self.kernel.backward, 10, q, k, (grad, q, k, v, out, lse), causal)
+
+    def counted(self, call, flops_per_dim: int, q: Tensor, k: Tensor, tensors, causal: bool):
+        batch, s_q, heads, head_dim = q.shape
+        pairs = s_q * (s_q + 1) // 2 if causal else s_q * k.shape[1]
+        self.counter.total += flops_per_dim * batch * heads * head_dim * pairs
+        self.counter.in_attention = True
+        try:
+            return call(*tensors, causal)
+        finally:
+            self.counter.in_attention = False

@@ -1,0 +1,110 @@
+"""The memory log: every storage that a step creates, when it is born and when it dies, and what it was for.
+
+The allocators of CPU and fake tensors keep no peak, so the log is the same on every device: a birth is the first time
+that the dispatcher returns a storage, a death is the end of its last reference. FSDP2 frees and refills the storages
+of gathered weights by resizing them, which the log sees too. What a kernel allocates and frees inside itself is not
+seen (on CUDA the allocator's own peak is reported, and that includes it).
+"""
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass
+class Storage:
+    """One storage's life: its present bytes, what it is, and the phase in which it was born."""
+
+    nbytes: int
+    role: str
+    gathered: bool = False  # refilled by FSDP2: weights that belong to other ranks
+
+
+@dataclass
+class Peak:
+    """Bytes held at the moment when a step held most, and what they were.
+
+    params, grads, optimizer: this rank's share of the state, always there. activations: made in forward and kept for
+    backward. other: the rest of the moment: gathered weights, communication buffers, gradients in passing, the batch.
+    """
+
+    total: int = 0
+    params: int = 0
+    grads: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    other: int = 0
+
+
+class MemoryLog(TorchDispatchMode):
+    """Logs inside `with log:`. `state` names what is there before: role -> tensors, for params, grads, optimizer."""
+
+    def __init__(self, device: str, state: dict[str, Iterable[Tensor]]) -> None:
+        super().__init__()
+        self.device = device
+        self.live: dict[int, Storage] = {}  # by the address of the storage object
+        self.events: list[tuple[Storage, int]] = []  # (storage, change in bytes), in order
+        self.forward_ends: int | None = None
+        for role, tensors in state.items():
+            for tensor in tensors:
+                self.see(tensor.untyped_storage(), role)
+
+    def end_forward(self) -> None:
+        """Whatever was made since the start and lives now is kept for backward: activations, or gathered weights."""
+        for storage in self.live.values():
+            if storage.role == "other":
+                storage.role = "activations"
+
+    def see(self, storage: torch.UntypedStorage, role: str) -> None:
+        if storage._cdata in self.live or storage.device.type != self.device:
+            return
+        born = self.live[storage._cdata] = Storage(storage.nbytes(), role)
+        self.events.append((born, born.nbytes))
+        weakref.finalize(storage, self.forget, storage._cdata)
+
+    def forget(self, address: int) -> None:
+        if (dead := self.live.pop(address, None)) is not None:
+            self.events.append((dead, -dead.nbytes))
+
+    def resized(self, storage: torch.UntypedStorage, nbytes: int) -> None:
+        if (known := self.live.get(storage._cdata)) is not None:
+            self.events.append((known, nbytes - known.nbytes))
+            known.nbytes, known.gathered = nbytes, True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and type(tensor) is not torch.nn.Parameter:
+                self.see(tensor.untyped_storage(), "other")
+        return out
+
+    def __enter__(self):
+        self.resize = resize = torch.UntypedStorage.resize_
+
+        def resize_and_tell(storage, nbytes):
+            resize(storage, nbytes)
+            self.resized(storage, nbytes)
+            return storage
+
+        torch.UntypedStorage.resize_ = resize_and_tell
+        return super().__enter__()
+
+    def __exit__(self, *exc) -> None:
+        torch.UntypedStorage.resize_ = self.resize
+        super().__exit__(*exc)
+
+    def peak(self) -> Peak:
+        """The step's peak and its parts."""
+        held = dict.fromkeys(vars(Peak()), 0)
+        best = Peak()
+        for storage, change in self.events:
+            held["total"] += change
+            held["other" if storage.gathered else storage.role] += change
+            if held["total"] > best.total:
+                best = Peak(**held)
+        return best
