@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bench.config import OptimSection
 from models.config import ModelConfig
 from models.llama import Llama
 from strategies import STRATEGIES
@@ -20,17 +21,6 @@ PRECISIONS = {  # of the weights that the optimizer updates, and of the activati
     "bf16": (torch.bfloat16, torch.bfloat16),
     "bf16_mixed": (torch.float32, torch.bfloat16),
 }
-
-
-@dataclass
-class Optim:
-    """AdamW's settings (Loshchilov and Hutter 2019), on every parameter; grad_clip null = off."""
-
-    lr: float = 3e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    grad_clip: float | None = 1.0
 
 
 @dataclass
@@ -57,7 +47,7 @@ class Training:
         strategy: str,
         degrees: dict[str, int],
         options: Options,
-        optim: Optim,
+        optim: OptimSection,
         whole: Callable[[str, torch.Size], Tensor],
         device: str = "cpu",
         dtypes: tuple[torch.dtype, torch.dtype] = PRECISIONS["fp32"],

@@ -1,0 +1,154 @@
+"""The bytes that a training step sends, derived by hand from each strategy's paper.
+
+It imports nothing of strategies/ or bench/: a prediction must not be computed by the code that it judges.
+
+f = (P-1)/P of a group of P ranks. AG an all_gather of S bytes (its output), RS a reduce_scatter of S (its input): each
+rank sends f S. AR an all_reduce: 2 f S. A2A of a local buffer S: f S. A hop sends what it carries.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+
+BYTES = {"fp32": (4, 4), "bf16": (2, 2), "bf16_mixed": (4, 2)}  # of a weight (and its gradient), of an activation
+WIDE = 4  # bytes of what is always exchanged in fp32
+
+
+def f(p: int) -> float:
+    return (p - 1) / p
+
+
+@dataclass
+class Step:
+    """One configuration in the letters of the formulas, on the rank with the most sequences."""
+
+    config: dict
+
+    def __post_init__(self) -> None:
+        c, m, mesh = self.config, self.config["model"], self.config["mesh"]
+        self.dp, self.tp, self.u, self.r = (mesh[axis] for axis in ("dp", "tp", "ulysses", "ring"))
+        self.d, self.i, self.vocab, self.layers = m["dim"], m["ffn_dim"], m["vocab_size"], m["n_layers"]
+        self.d_q, self.d_k = m["n_heads"] * m["head_dim"], m["n_kv_heads"] * m["head_dim"]
+        self.n_kv_heads, self.head_dim, self.tied = m["n_kv_heads"], m["head_dim"], m["tie_embeddings"]
+        self.e_weight, self.e = BYTES[c["precision"]]
+        self.e_grad_kv = WIDE if c["ring"]["grad_dtype"] == "fp32" else self.e
+        self.passes = 2 if c["recompute"] == "block" else 1  # forwards of what a block keeps nothing of
+        self.gathers = 2 if c["zero_stage"] == 3 else 1
+        self.tokens = max(1, ceil(c["batch_size"] / self.dp)) * c["seq_len"]  # of the sequences that this rank sees
+        self.world = self.dp * self.tp * self.u * self.r
+
+    def zero(self, shapes: list[tuple[int, ...]], ranks: int, gathers: int) -> float:
+        """AG of the weights `gathers` times and RS of the gradients; FSDP2 cuts dim 0, and pads it to do so."""
+        padded = sum(ceil(rows / ranks) * ranks * (columns[0] if columns else 1) for rows, *columns in shapes)
+        return f(ranks) * padded * (gathers * self.e + self.e_weight)
+
+    def attention_shapes(self, tp: int = 1) -> list[tuple[int, ...]]:
+        kv = max(self.d_k // tp, self.head_dim)
+        return [(self.d_q // tp, self.d), (kv, self.d), (kv, self.d), (self.d, self.d_q // tp)]
+
+    def mlp_shapes(self, tp: int = 1) -> list[tuple[int, ...]]:
+        return [(ceil(self.i / tp), self.d)] * 2 + [(self.d, ceil(self.i / tp))]
+
+    def zero_model(self, mlp: bool = True) -> float:
+        """ZeRO over all ranks with different tokens, of what tp leaves to each, with or without the MLPs."""
+        ranks = self.dp * self.u * self.r
+        norms = [(self.d,), (self.d,)]
+        block = self.attention_shapes(self.tp) + (self.mlp_shapes(self.tp) if mlp else []) + norms
+        vocab = [(ceil(self.vocab / self.tp), self.d)]
+        ends = vocab + [(self.d,)] + ([] if self.tied else vocab)
+        return self.layers * self.zero(block, ranks, self.gathers) + self.zero(ends, ranks, self.gathers)
+
+
+def single(s: Step) -> float:
+    return 0.0
+
+
+def zero(s: Step) -> float:
+    """2 AG(P) + RS(P)."""
+    return s.zero_model()
+
+
+def vocab_loss(s: Step) -> float:
+    """AR of three fp32 numbers a token: its highest logit, its sum of exponentials, its label's logit."""
+    return 2 * f(s.tp) * 3 * s.tokens * WIDE
+
+
+def shared_kv_heads(s: Step) -> float:
+    """AR, in fp32, of the gradients of k and v weights that rho = tp / n_kv_heads ranks share."""
+    rho = max(1, s.tp // s.n_kv_heads)
+    return s.layers * 2 * f(rho) * ceil(2 * s.head_dim * s.d / s.dp) * WIDE
+
+
+def norms(s: Step) -> float:
+    """AR, in fp32, of the norms' gradients, each of which saw its own tokens only."""
+    return 2 * f(s.tp) * (2 * s.layers + 1) * ceil(s.d / s.dp) * WIDE
+
+
+def tp(s: Step) -> float:
+    """A block: 2 AR(D) forward, 2 AR(D) backward, and one more where recomputation needs attention's output."""
+    block = (4 + s.passes - 1) * 2 * f(s.tp) * s.tokens * s.d * s.e
+    ends = 2 * f(s.tp) * s.tokens * s.d * (s.e_weight + s.e)  # AR of the embeddings, AR of the head's input's gradient
+    return s.layers * block + ends + vocab_loss(s) + shared_kv_heads(s) + s.zero_model()
+
+
+def tp_sp_ends(s: Step) -> float:
+    """RS and AG of the embeddings, 2 AG and RS at the head."""
+    return f(s.tp) * s.tokens * s.d * (2 * s.e_weight + 3 * s.e) + vocab_loss(s)
+
+
+def tp_sp(s: Step) -> float:
+    """A block: 6 AG(D) + 4 RS(D); recomputed, 2 AG and the RS that attention ends with once more."""
+    block = (10 + 3 * (s.passes - 1)) * f(s.tp) * s.tokens * s.d * s.e
+    return s.layers * block + tp_sp_ends(s) + norms(s) + shared_kv_heads(s) + s.zero_model()
+
+
+def exchanges(s: Step) -> float:
+    """Over ulysses: A2A of q, k, v and the output, and of their gradients; rho copies of a kv head."""
+    rho = max(1, s.u // s.n_kv_heads)
+    forward = f(s.u) * s.tokens / (s.u * s.r) * (2 * s.d_q + 2 * rho * s.d_k) * s.e
+    return s.layers * (1 + s.passes) * forward
+
+
+def hops(s: Step) -> float:
+    """Around the ring: r-1 hops of k and v forward, r-1 of them backward, and r-1 of their gradients."""
+    rho = max(1, s.u // s.n_kv_heads)
+    kv = 2 * s.tokens / (s.u * s.r) * rho * s.d_k
+    return s.layers * (s.r - 1) * kv * ((1 + s.passes) * s.e + s.e_grad_kv)
+
+
+def ulysses(s: Step) -> float:
+    return exchanges(s) + s.zero_model()
+
+
+def ring(s: Step) -> float:
+    return hops(s) + s.zero_model()
+
+
+def usp(s: Step) -> float:
+    return exchanges(s) + hops(s) + s.zero_model()
+
+
+def odysseus(s: Step) -> float:
+    """A block: 3 AG(D) + 2 RS(D), and ZeRO for the MLP over all ranks, gathered again where it is recomputed."""
+    block = (5 + 2 * (s.passes - 1)) * f(s.tp) * s.tokens * s.d * s.e
+    mlp = s.zero(s.mlp_shapes(), s.world, s.gathers + s.passes - 1)
+    return s.layers * (block + mlp) + tp_sp_ends(s) + norms(s) + shared_kv_heads(s) + s.zero_model(mlp=False)
+
+
+STRATEGIES = {
+    "single": single,
+    "zero": zero,
+    "tp": tp,
+    "tp_sp": tp_sp,
+    "ulysses": ulysses,
+    "ring": ring,
+    "usp": usp,
+    "odysseus": odysseus,
+}
+
+
+def step_bytes(config: dict) -> float:
+    """The bytes that the busiest rank sends in one training step of a resolved configuration."""
+    step = Step(config)
+    clipping = config["optim"]["grad_clip"] is not None
+    gradient_norm = 2 * f(step.world) * WIDE if clipping else 0.0
+    return STRATEGIES[config["strategy"]["name"]](step) + gradient_norm

@@ -1,0 +1,128 @@
+"""One configuration to one row, and the table at the end."""
+
+import os
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from bench import records
+from bench.check import Invalid, resolve
+from bench.config import Job
+from bench.launch import launch
+
+RUNS = Path("runs")
+console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=not sys.stdout.isatty(), highlight=False)
+
+
+def stays(status: str, rerun: str) -> bool:
+    """Is a row with this status kept, and not measured again? An invalid one costs nothing to look at again."""
+    return status != "invalid" and (rerun == "none" or (rerun == "failed" and status == "ok"))
+
+
+def run(job: Job, rerun: str, place: str = "") -> dict:
+    """Run one configuration and write its row, or return the row that is kept from an earlier run."""
+    folder = RUNS / job.config["name"]
+    started = time.time()
+    record = {
+        "status": "invalid",
+        "reason": "",
+        **records.provenance(),
+        "command": job.command,
+        "started_at": datetime.now(UTC).isoformat(timespec="milliseconds"),
+    }
+    comm: list[dict] = []
+    try:
+        config = resolve(job.config)
+    except Invalid as fault:
+        record |= {"run_id": records.run_id(job.config), "reason": str(fault), **records.describe(job.config)}
+    else:
+        record |= {"run_id": records.run_id(config), **records.describe(config), "config": config}
+        stored = records.load(folder, record["run_id"])
+        if stored and stays(stored["status"], rerun):
+            return {**stored, "kept": True}
+        with console.status("") as status:
+            outcome = launch(config, lambda text: status.update(f"{place}{title(record)} · {text}"))
+        record |= {"status": outcome.status, "reason": outcome.reason}
+        if outcome.status == "ok":
+            measured, comm = records.measure(config, outcome.ranks)
+            record |= {**measured, "reason": "; ".join(config["notes"])}
+            if (fault := records.implausible(record)) is not None:
+                record |= {"status": "error", "reason": fault}
+        elif outcome.traceback:
+            record["traceback"] = outcome.traceback
+    record["seconds"] = round(time.time() - started, 3)
+    records.save(folder, record, comm)
+    return record
+
+
+def title(row: dict) -> str:
+    """What a row ran, in a few words."""
+    layout = f" {row['ring_layout']}" if (row["ring"] or 1) > 1 else ""
+    return f"{row['strategy']} · {mesh(row)}{layout} · seq_len={row['seq_len']}"
+
+
+def mesh(row: dict) -> str:
+    degrees = {axis: row[axis] for axis in ("dp", "tp", "ulysses", "ring") if (row[axis] or 1) > 1}
+    return " ".join(f"{axis}={degree}" for axis, degree in degrees.items()) or f"world_size={row['world_size']}"
+
+
+def outcome_line(row: dict) -> str:
+    if row["status"] != "ok":
+        return f"[red]{row['status']}[/red]: {row['reason']}"
+    kept = " (kept from an earlier run)" if row.get("kept") else ""
+    return f"{row['step_ms_median']:.1f} ms a step{kept}"
+
+
+def print_table(rows: list[dict], name: str) -> None:
+    """Strategy, mesh, step time, tokens/s, peak memory, bytes sent and loss of every row."""
+    table = Table(title=f"sweep {name}" if len(rows) > 1 else None, title_justify="left")
+    for column in ("strategy", "mesh"):
+        table.add_column(column)
+    for column in ("seq_len", "step ms", "tokens/s", "peak MiB", "sent MiB", "loss"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        if row["status"] == "ok":
+            cells = (
+                f"{row['step_ms_median']:.1f}",
+                f"{row['tokens_per_s']:,.0f}",
+                f"{row['peak_bytes'] / 2**20:.1f}",
+                f"{row['comm_bytes'] / 2**20:.2f}",
+                f"{row['loss_first']:.4f} → {row['loss_last']:.4f}",
+            )
+        else:
+            cells = (row["status"], "", "", "", "")
+        layout = f" {row['ring_layout']}" if (row["ring"] or 1) > 1 else ""
+        table.add_row(row["strategy"], mesh(row) + layout, str(row["seq_len"]), *cells)
+    console.print(table)
+    for row in rows:
+        if row["status"] != "ok":
+            console.print(f"{title(row)}: [red]{row['status']}[/red], {row['reason']}", soft_wrap=True)
+    console.print(f"{os.path.join(RUNS, name, 'results.csv')}: one row each, with memory, bytes by phase and command")
+
+
+def run_one(job: Job) -> dict:
+    """A single run always measures."""
+    row = run(job, rerun="all")
+    print_table([row], job.config["name"])
+    return row
+
+
+def run_all(jobs: list[Job]) -> list[dict]:
+    """Run a sweep's jobs one after the other, with a line each: which, how many are left, about how long."""
+    rows: list[dict] = []
+    spent: list[float] = []
+    for i, job in enumerate(jobs):
+        left = f", about {sum(spent) / len(spent) * (len(jobs) - i):.0f} s left" if spent else ""
+        place = f"\\[{i + 1}/{len(jobs)}{left}] "
+        started = time.monotonic()
+        row = run(job, job.config["rerun"], place)
+        if not row.get("kept"):
+            spent.append(time.monotonic() - started)
+        console.print(f"{place}{title(row)} · {outcome_line(row)}", soft_wrap=True)
+        rows.append(row)
+    print_table(rows, jobs[0].config["name"])
+    return rows

@@ -1,0 +1,189 @@
+"""From what the user wrote to what will run: every null filled, every rule checked, before any rank starts."""
+
+import copy
+import difflib
+import math
+
+from bench import data
+from models.checkpoint import Checkpoint, CheckpointError, read_config
+from models.config import ModelConfig
+
+AXES = ("dp", "tp", "ulysses", "ring")
+CHOICES = {
+    "precision": ("fp32", "bf16", "bf16_mixed"),
+    "device": ("cpu", "cuda"),
+    "mode": ("real",),
+    "workload": ("step",),
+    "recompute": ("none", "block"),
+    "zero_stage": (2, 3),
+    "ring.layout": ("contiguous", "zigzag", "striped"),
+    "ring.grad_dtype": ("fp32", "same"),
+    "attention.kernel": ("auto", "flash_attn", "sdpa", "math"),
+    "rerun": ("none", "failed", "all"),
+}
+AT_LEAST = {"world_size": 1, "seq_len": 1, "batch_size": 1, "steps": 1, "warmup": 0}
+POSITIVE_SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size")
+
+
+class Invalid(ValueError):
+    """What is wrong with a configuration: the key, the fault and what would do, in one sentence."""
+
+
+def resolve(config: dict) -> dict:
+    """The configuration with every null filled, and `notes` of what a reader of the row should know, or Invalid."""
+    config = copy.deepcopy(config)
+    config["notes"] = []
+    check_choices(config)
+    fill_model(config)
+    fill_mesh(config)
+    check_batch(config)
+    check_data(config)
+    pick_device(config)
+    return config
+
+
+def check_choices(config: dict) -> None:
+    from strategies import STRATEGIES
+
+    for key, allowed in {"strategy.name": tuple(STRATEGIES), **CHOICES}.items():
+        section, _, leaf = key.rpartition(".")
+        value = (config[section] if section else config)[leaf]
+        if value not in allowed:
+            near = difflib.get_close_matches(str(value), [str(a) for a in allowed], 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise Invalid(f"{key.removesuffix('.name')}={value} is not one of {', '.join(map(str, allowed))}{hint}")
+    for key, least in AT_LEAST.items():
+        if config[key] < least:
+            raise Invalid(f"{key}={config[key]} must be at least {least}")
+    if config["timeout_s"] <= 0:
+        raise Invalid(f"timeout_s={config['timeout_s']} must be more than 0")
+
+
+def fill_model(config: dict) -> None:
+    """Sizes from the preset, the checkpoint's config.json, and the user's overrides, the last word."""
+    model = config["model"]
+    try:
+        if model["name"] == "hf":
+            if model["path"] is None:
+                raise Invalid("model.path is missing: model=hf reads a Hugging Face Llama directory")
+            for key, value in read_config(model["path"]).items():
+                if model[key] is None:
+                    model[key] = value
+        if model["head_dim"] is None:
+            if model["dim"] % model["n_heads"]:
+                below, above = around(model["dim"], lambda d: d % model["n_heads"] == 0)
+                raise Invalid(
+                    f"model.dim={model['dim']} is no multiple of model.n_heads={model['n_heads']} and model.head_dim "
+                    f"is null; {either(below, above)} would do"
+                )
+            model["head_dim"] = model["dim"] // model["n_heads"]
+        for key in POSITIVE_SIZES:
+            if model[key] < 1:
+                raise Invalid(f"model.{key}={model[key]} must be at least 1")
+        if model["head_dim"] % 2:
+            raise Invalid(
+                f"model.head_dim={model['head_dim']} must be even: rotary embedding pairs dims; "
+                f"{either(model['head_dim'] - 1, model['head_dim'] + 1)} would do"
+            )
+        if model["n_heads"] % model["n_kv_heads"]:
+            below, above = around(model["n_kv_heads"], lambda g: model["n_heads"] % g == 0)
+            raise Invalid(
+                f"model.n_kv_heads={model['n_kv_heads']} must divide model.n_heads={model['n_heads']}; "
+                f"{either(below, above)} would do"
+            )
+        if model["name"] == "hf":
+            checkpoint = Checkpoint(model["path"])
+            checkpoint.check(ModelConfig.of(model))
+            if "BF16" in checkpoint.dtypes and config["precision"] == "fp32":
+                config["notes"].append("the bfloat16 checkpoint was read into fp32")
+    except CheckpointError as error:
+        raise Invalid(f"model.path: {error}") from None
+
+
+def fill_mesh(config: dict) -> None:
+    """Degrees whose product is world_size, on axes that the strategy has, and that divide what they split."""
+    from strategies import STRATEGIES
+    from strategies.base import Shape
+
+    name, mesh, world_size = config["strategy"]["name"], config["mesh"], config["world_size"]
+    strategy = STRATEGIES[name]
+    has = ("dp", *strategy.axes)
+    model = config["model"]
+    shape = Shape(model["n_heads"], model["n_kv_heads"], config["seq_len"], {}, config["ring"]["layout"])
+
+    for axis in AXES:
+        if mesh[axis] is not None and mesh[axis] < 1:
+            raise Invalid(f"mesh.{axis}={mesh[axis]} must be at least 1")
+        if axis not in has and (mesh[axis] or 1) > 1:
+            raise Invalid(f"mesh.{axis}={mesh[axis]}: strategy {name} has no {axis} axis, only {' and '.join(has)}")
+    given = {axis: degree for axis, degree in mesh.items() if degree is not None}
+    product = math.prod(given.values())
+    left_open = [axis for axis in strategy.axes if mesh[axis] is None]
+    if not left_open and mesh["dp"] is None:
+        left_open = ["dp"]
+    if world_size % product or (not left_open and product != world_size):
+        written = " * ".join(f"mesh.{axis}" for axis in given)
+        wrong = "is not" if not left_open else "is no multiple of"
+        below, above = around(world_size, lambda n: n % product == 0 if left_open else n == product)
+        raise Invalid(f"world_size={world_size} {wrong} {written} = {product}; {either(below, above)} would do")
+    free = world_size // product
+    filled = {left_open[0]: free} if len(left_open) == 1 else strategy.degrees(free, shape) if left_open else {}
+    for axis in AXES:
+        mesh[axis] = given.get(axis, filled.get(axis, 1))
+
+    shape.degrees = mesh
+    for rule in strategy.rules(shape):
+        if not rule.fits(rule.value):
+            below, above = around(rule.value, rule.fits)
+            raise Invalid(f"{rule.key}={rule.value} {rule.why}; {either(below, above)} would do")
+
+
+def check_batch(config: dict) -> None:
+    idle = config["mesh"]["dp"] - config["batch_size"]
+    if idle > 0:
+        config["notes"].append(
+            f"batch_size={config['batch_size']} leaves {idle} of mesh.dp={config['mesh']['dp']} idle"
+        )
+
+
+def check_data(config: dict) -> None:
+    source, needed = config["data"], tokens_needed(config)
+    try:
+        data.load(source["name"], source["path"], needed, config["model"]["vocab_size"], config["seed"])
+    except data.DataError as error:
+        raise Invalid(str(error)) from None
+
+
+def tokens_needed(config: dict) -> int:
+    return (config["warmup"] + config["steps"]) * config["batch_size"] * config["seq_len"] + 1
+
+
+def pick_device(config: dict) -> None:
+    """Is the device there, with a GPU a rank, and which attention kernel runs on it?"""
+    import torch
+
+    from strategies.ops.kernels import pick_kernel
+
+    if config["device"] == "cuda" and (gpus := torch.cuda.device_count()) < config["world_size"]:
+        would_do = f"world_size={gpus} or device=cpu" if gpus else "device=cpu"
+        raise Invalid(
+            f"device=cuda: world_size={config['world_size']} needs as many GPUs and there are {gpus}; "
+            f"{would_do} would do"
+        )
+    dtype = torch.float32 if config["precision"] == "fp32" else torch.bfloat16
+    try:
+        kernel = pick_kernel(config["attention"]["kernel"], config["device"], dtype, config["model"]["head_dim"])
+    except ValueError as error:
+        raise Invalid(str(error)) from None
+    config["attention"]["kernel"] = kernel.name
+
+
+def around(value: int, fits) -> tuple[int | None, int | None]:
+    """The nearest smaller and larger values that fit, where there are any within reach."""
+    below = next((v for v in range(value - 1, 0, -1) if fits(v)), None)
+    above = next((v for v in range(value + 1, 2 * value + 4096) if fits(v)), None)
+    return below, above
+
+
+def either(below: int | None, above: int | None) -> str:
+    return " or ".join(str(v) for v in (below, above) if v is not None) or "nothing near"

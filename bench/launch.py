@@ -1,0 +1,154 @@
+"""Start the ranks of one configuration, wait for them, and see that none is left behind.
+
+Ranks are forked from a server that has torch and this project imported already, so a configuration starts in
+milliseconds; they are fresh processes all the same, so nothing of one configuration reaches the next.
+"""
+
+import multiprocessing as mp
+import os
+import re
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+
+GRACE_S = 1.0  # between the first sign of a failure and the verdict: time for the rank that began it to be heard
+
+
+@dataclass
+class Outcome:
+    """How a configuration ended: status ok, oom, timeout or error; the measurements of every rank if ok."""
+
+    status: str
+    reason: str
+    ranks: list[dict]
+    traceback: str = ""
+
+
+def rank_main(rank: int, config: dict, folder: str, pipe) -> None:
+    """The process of one rank; torch is imported there, not here."""
+    from bench import worker
+
+    worker.serve(rank, config, folder, pipe)
+
+
+def launch(config: dict, progress: Callable[[str], None]) -> Outcome:
+    """Run a resolved configuration on its ranks. Always returns, with no process left behind."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["bench.worker"])
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        pipes, processes = [], []
+        oom_kills = kernel_oom_kills()
+        try:
+            for rank in range(config["world_size"]):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=rank_main, args=(rank, config, folder, theirs), daemon=True)
+                process.start()
+                theirs.close()
+                pipes.append(ours)
+                processes.append(process)
+            return watch(pipes, processes, config["timeout_s"], folder, oom_kills, progress)
+        finally:
+            for process in processes:
+                process.kill()
+            for process in processes:
+                process.join()
+            for pipe in pipes:
+                pipe.close()
+
+
+def watch(pipes: list, processes: list, timeout_s: float, folder: str, oom_kills: int, progress) -> Outcome:
+    """Listen until every rank has measured, one has failed, or the time is up."""
+    measured: dict[int, dict] = {}
+    failed: dict[int, dict] = {}
+    silent = dict(enumerate(pipes))  # ranks that have not sent their last message
+    deadline = time.monotonic() + timeout_s
+    verdict_at = None
+    while silent:
+        until = deadline if verdict_at is None else min(deadline, verdict_at)
+        ready = wait(list(silent.values()), timeout=max(0, until - time.monotonic()))
+        for rank, pipe in list(silent.items()):
+            if pipe not in ready:
+                continue
+            try:
+                kind, content = pipe.recv()
+            except (EOFError, OSError):  # it died without a word
+                processes[rank].join(1)
+                failed[rank] = last_words(processes[rank].exitcode, oom_kills)
+                del silent[rank]
+                continue
+            if kind == "progress":
+                if rank == 0:
+                    progress(content)
+                continue
+            (measured if kind == "measured" else failed)[rank] = content
+            del silent[rank]
+        if failed and verdict_at is None:
+            verdict_at = time.monotonic() + GRACE_S
+        if verdict_at is not None and (time.monotonic() >= verdict_at or began(failed) is not None):
+            return verdict(failed)
+        if time.monotonic() >= deadline:
+            return Outcome("timeout", f"timeout_s={timeout_s:g} is over; {where_ranks_are(processes, folder)}", [])
+    return verdict(failed) if failed else Outcome("ok", "", [measured[rank] for rank in sorted(measured)])
+
+
+def began(failed: dict[int, dict]) -> int | None:
+    """The rank whose failure is not the echo of another's."""
+    return next((rank for rank, failure in failed.items() if not failure["echo"]), None)
+
+
+def verdict(failed: dict[int, dict]) -> Outcome:
+    rank = began(failed)
+    if rank is None:
+        rank = next(iter(failed))
+    failure = failed[rank]
+    status = "oom" if failure["oom"] else "error"
+    return Outcome(status, f"rank {rank}: {failure['message']}", [], failure.get("traceback", ""))
+
+
+def last_words(exitcode: int | None, oom_kills: int) -> dict:
+    """What is to be said of a rank that could not say it."""
+    if exitcode == -signal.SIGKILL and kernel_oom_kills() > oom_kills:
+        return {"oom": True, "echo": False, "message": "killed by the kernel, which was out of memory"}
+    if exitcode is not None and exitcode < 0:
+        message = f"the process was killed by {signal.Signals(-exitcode).name}"
+    else:
+        message = f"the process ended with exit code {exitcode} and no message"
+    return {"oom": False, "echo": False, "message": message}
+
+
+def kernel_oom_kills() -> int:
+    """How many processes the kernel has killed for want of memory since it booted."""
+    try:
+        with open("/proc/vmstat") as counters:
+            return next(int(line.split()[1]) for line in counters if line.startswith("oom_kill "))
+    except (OSError, StopIteration):
+        return 0
+
+
+def where_ranks_are(processes: list, folder: str) -> str:
+    """Ask every rank for its stack, and say which strategy line and which collective each is in."""
+    for process in processes:
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGUSR1)
+    time.sleep(0.3)
+    places = []
+    for rank, process in enumerate(processes):
+        if not process.is_alive():
+            places.append(f"rank {rank} has ended")
+            continue
+        with open(os.path.join(folder, f"stack{rank}")) as stack:
+            places.append(f"rank {rank} is in {place(stack.read())}")
+    return ", ".join(places)
+
+
+def place(stack: str) -> str:
+    """The innermost call into torch.distributed and the innermost line of a strategy, of a stack innermost first."""
+    frames = re.findall(r'File "(.+?)", line (\d+) in (\S+)', stack)
+    if not frames:
+        return "an unknown place"
+    call = next((name for file, _, name in reversed(frames) if "distributed_c10d" in file), frames[0][2])
+    line = next((f"{f[f.rindex('strategies/') :]}:{n}" for f, n, _ in frames if "/strategies/" in f), None)
+    return f"{call} ({line})" if line else f"{call} ({os.path.basename(frames[0][0])}:{frames[0][1]})"
