@@ -12,7 +12,7 @@ from rich.table import Table
 from bench import records
 from bench.check import Invalid, resolve
 from bench.config import Job
-from bench.launch import launch
+from bench.launch import launch, start_server
 
 RUNS = Path("runs")
 console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=not sys.stdout.isatty(), highlight=False)
@@ -106,6 +106,7 @@ def print_table(rows: list[dict], name: str) -> None:
 
 def run_one(job: Job) -> dict:
     """A single run always measures."""
+    start_server()
     row = run(job, rerun="all")
     print_table([row], job.config["name"])
     return row
@@ -113,6 +114,7 @@ def run_one(job: Job) -> dict:
 
 def run_all(jobs: list[Job]) -> list[dict]:
     """Run a sweep's jobs one after the other, with a line each: which, how many are left, about how long."""
+    start_server()
     rows: list[dict] = []
     spent: list[float] = []
     for i, job in enumerate(jobs):

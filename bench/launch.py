@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 
 GRACE_S = 1.0  # between the first sign of a failure and the verdict: time for the rank that began it to be heard
@@ -34,10 +35,15 @@ def rank_main(rank: int, config: dict, folder: str, pipe) -> None:
     worker.serve(rank, config, folder, pipe)
 
 
+def start_server() -> None:
+    """Start the server that ranks are forked from; it imports torch while the parent goes on."""
+    mp.set_forkserver_preload(["bench.worker"])
+    forkserver.ensure_running()
+
+
 def launch(config: dict, progress: Callable[[str], None]) -> Outcome:
     """Run a resolved configuration on its ranks. Always returns, with no process left behind."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["bench.worker"])
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         pipes, processes = [], []
         oom_kills = kernel_oom_kills()

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from datetime import timedelta
 
 import torch
+import torch._dynamo  # FSDP2 imports it when first used: better once in the server than again in every rank
 import torch.distributed as dist
 
 from bench import data

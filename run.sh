@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# ./run.sh        set up, run the sweep `quickstart`, say where the results are
+# ./run.sh test   set up, run the tests
+# ./run.sh gpu    with the Python and torch that are already here: the CUDA tests and one timing sweep
+set -euo pipefail
+cd "$(dirname "$0")"
+
+set_up() {
+    local python=${PYTHON:-python3} stamp
+    stamp=$(cat pyproject.toml <("$python" --version) | sha256sum | cut -d' ' -f1)
+    if [ "$(cat .venv/installed 2>/dev/null)" != "$stamp" ]; then
+        "$python" -c 'import sys; sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: set PYTHON") if sys.version_info < (3, 11) else None'
+        echo "installing into .venv (once) ..."
+        "$python" -m venv .venv
+        # torch first and by its exact version, so that a wheel already on the machine is taken and nothing pulls another.
+        .venv/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+        .venv/bin/pip install --quiet --disable-pip-version-check --editable '.[test]'
+        echo "$stamp" > .venv/installed
+    fi
+    export PATH="$PWD/.venv/bin:$PATH"
+}
+
+case "${1:-quickstart}" in
+    quickstart)
+        set_up
+        python -m bench -m sweep=quickstart rerun=all
+        ;;
+    test)
+        set_up
+        ruff check .
+        ruff format --check .
+        python -m pytest "${@:2}"
+        ;;
+    gpu)
+        python3 -m pytest -q -m cuda tests
+        python3 -m bench -m sweep=gpu rerun=all
+        ;;
+    *)
+        echo "run.sh knows: (nothing), test, gpu; not '$1'" >&2
+        exit 2
+        ;;
+esac
