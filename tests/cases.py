@@ -1,0 +1,50 @@
+"""The one table of strategies and meshes that every test goes through: a new mesh is tested by being listed here."""
+
+import itertools
+from dataclasses import dataclass
+
+LAYOUTS = ("contiguous", "zigzag", "striped")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A strategy on a mesh."""
+
+    strategy: str
+    dp: int = 1
+    tp: int = 1
+    ulysses: int = 1
+    ring: int = 1
+    layout: str = "zigzag"
+
+    @property
+    def degrees(self) -> dict[str, int]:
+        return {"dp": self.dp, "tp": self.tp, "ulysses": self.ulysses, "ring": self.ring}
+
+    @property
+    def world_size(self) -> int:
+        return self.dp * self.tp * self.ulysses * self.ring
+
+    def __str__(self) -> str:
+        axes = " ".join(f"{axis}{size}" for axis, size in self.degrees.items() if size > 1)
+        return f"{self.strategy} {axes} {self.layout if self.ring > 1 else ''}".strip()
+
+
+def cases(world_size: int) -> list[Case]:
+    """Every strategy x mesh factorisation x layout of world_size ranks."""
+    n = world_size
+    found = [Case("zero", dp=n)]
+    found += [Case(name, tp=n) for name in ("tp", "tp_sp", "odysseus")]
+    found += [Case("ulysses", ulysses=n)]
+    found += [Case("ring", ring=n, layout=layout) for layout in LAYOUTS]
+    for ulysses, layout in itertools.product((u for u in range(1, n + 1) if n % u == 0), LAYOUTS):
+        if ulysses < n or layout == "zigzag":
+            found.append(Case("usp", ulysses=ulysses, ring=n // ulysses, layout=layout))
+    if n == 4:
+        found += [Case(name, dp=2, tp=2) for name in ("tp", "tp_sp", "odysseus")]
+        found += [Case("ulysses", dp=2, ulysses=2), Case("ring", dp=2, ring=2)]
+    return found
+
+
+CASES = [Case("single"), *cases(2), *cases(4), *cases(8)]
+HEADS = {"mha": 8, "gqa": 4, "few_kv": 2}  # n_kv_heads of 8 heads; few_kv: fewer than most degrees

@@ -1,0 +1,188 @@
+"""The judges: Hugging Face's Llama, and what a rank runs to be compared with it."""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bench.config import OptimSection
+from bench.training import PRECISIONS, Batch, Training
+from models.checkpoint import Checkpoint, read_config, their_name
+from models.config import ModelConfig
+from strategies import STRATEGIES, base, tp, tp_sp
+from strategies.base import Options
+from strategies.ops.kernels import pick_kernel
+from strategies.ops.mesh import Axis, Mesh
+from strategies.ops.weights import in_whole, local, owned
+from tests.cases import Case
+
+SEQ_LEN = 32  # two tokens a zigzag chunk on 8 ranks
+
+
+def make_checkpoint(folder: str, seed: int = 0, **changes) -> str:
+    """A random Llama in transformers' own words, large enough weights for attention to be far from uniform."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "intermediate_size": 100,  # divided by no degree
+        "vocab_size": 67,  # nor this
+        "initializer_range": 0.15,
+        "rms_norm_eps": 1e-5,
+    }
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**{**sizes, **changes}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter += 0.3 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_batch(batch_size: int, vocab_size: int, silent: Tensor | None, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """Tokens and labels [B, SEQ_LEN]; the labels at the positions `silent` are -100."""
+    generator = torch.Generator().manual_seed(seed)
+    sample = torch.randint(0, vocab_size, (batch_size, SEQ_LEN + 1), generator=generator)
+    labels = sample[:, 1:].clone()
+    if silent is not None:
+        labels[:, silent] = -100
+    return sample[:, :-1], labels
+
+
+def positions_of_first_rank(case: Case) -> Tensor:
+    """The tokens that rank 0 owns: silencing them leaves one shard without a valid label."""
+    axes = {axis: Axis(axis, size) for axis, size in case.degrees.items()}
+    strategy = STRATEGIES[case.strategy](Mesh(**axes, zero=Axis("zero")), Options(None, ring_layout=case.layout))
+    positions = strategy.split(torch.arange(SEQ_LEN)[None])[0]
+    return positions if len(positions) < SEQ_LEN else positions[: SEQ_LEN // 4]
+
+
+@dataclass
+class Result:
+    """What is compared: logits [B, S, V], the loss, and every gradient by our names."""
+
+    loss: float
+    logits: Tensor
+    grads: dict[str, Tensor] = field(default_factory=dict)
+
+
+def hugging_face(folder: str, tokens: Tensor, labels: Tensor, dtype=torch.float32) -> Result:
+    """Loss = sum of token losses / valid tokens, on transformers' model."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    logits = model(tokens).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    loss = loss / (labels != -100).sum()
+    loss.backward()
+    ours = {their_name(name): name for name in names(folder)}
+    grads = {ours[name]: p.grad for name, p in model.named_parameters() if name in ours}
+    return Result(loss.item(), logits.detach(), grads)
+
+
+def names(folder: str) -> list[str]:
+    from models.checkpoint import parameter_shapes
+
+    return list(parameter_shapes(ModelConfig(**read_config(folder))))
+
+
+def build(case: Case, folder: str, dtypes=PRECISIONS["fp32"], kernel: str = "auto", **options) -> Training:
+    """A rank's Training of a case, from a checkpoint."""
+    config = ModelConfig(**read_config(folder))
+    checkpoint = Checkpoint(folder)
+    chosen = Options(
+        pick_kernel(kernel, "cpu", dtypes[1], config.head_dim), dtypes[1], ring_layout=case.layout, **options
+    )
+    return Training(
+        config,
+        case.strategy,
+        case.degrees,
+        chosen,
+        OptimSection(lr=1e-3, grad_clip=0.5),
+        lambda name, _: checkpoint.tensor(name),
+        dtypes=dtypes,
+    )
+
+
+def run_case(training: Training, tokens: Tensor, labels: Tensor) -> Result | None:
+    """Forward and backward on this rank; rank 0 returns the whole result."""
+    batch = training.place(tokens, labels)
+    with recorded_logits() as recorded:
+        loss = training.forward(batch)
+    training.backward(loss)
+    (total,) = training.global_loss(loss.detach()[None])
+    grads = whole_gradients(training)
+    logits = whole_logits(training, batch, recorded[0].detach(), tokens.shape)
+    return Result(total, logits, grads) if rank() == 0 else None
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+class recorded_logits:  # noqa: N801 (a context manager)
+    """Keeps the logits that the strategies hand to their losses."""
+
+    def __enter__(self) -> list[Tensor]:
+        self.kept, seen = [], []
+        for module in (base, tp, tp_sp):
+            for name in ("token_loss_sum", "vocab_loss_sum"):
+                if (loss := getattr(module, name, None)) is not None:
+                    self.kept.append((module, name, loss))
+                    setattr(module, name, lambda logits, *rest, loss=loss: (seen.append(logits), loss(logits, *rest))[1])
+        return seen
+
+    def __exit__(self, *exc) -> None:
+        for module, name, loss in self.kept:
+            setattr(module, name, loss)
+
+
+def everywhere(whole: Tensor) -> Tensor:
+    """Put together what ranks filled in, the rest being -inf."""
+    if dist.is_initialized():
+        dist.all_reduce(whole, dist.ReduceOp.MAX)
+    return whole
+
+
+def whole_gradients(training: Training) -> dict[str, Tensor]:
+    grads = {}
+    for name, parameter, share in owned(training.model):
+        whole = torch.full(training.shapes[name], float("-inf"), dtype=parameter.dtype)
+        in_whole(whole, parameter, share).copy_(local(parameter.grad))
+        grads[name] = everywhere(whole)
+    return grads
+
+
+def whole_logits(training: Training, batch: Batch, logits: Tensor, shape: torch.Size) -> Tensor:
+    """[B, S, V] of each rank's rows (dp), tokens (positions) and vocabulary (tp)."""
+    vocab_size = training.model.config.vocab_size
+    whole = torch.full((*shape, vocab_size), float("-inf"), dtype=logits.dtype)
+    rows = slice(*training.mesh.dp.span(shape[0]))
+    columns = slice(*training.mesh.tp.span(vocab_size))
+    mine = logits.unflatten(0, (-1, len(batch.positions))) if logits.dim() == 2 else logits
+    if rows.start < rows.stop:
+        whole[rows, batch.positions, columns] = mine
+    return everywhere(whole)
+
+
+def distance(ours: Tensor, theirs: Tensor) -> float:
+    """|ours - theirs| / |theirs|"""
+    return ((ours.double() - theirs.double()).norm() / theirs.double().norm().clamp(min=1e-12)).item()
+
+
+def worst_distance(ours: Result, theirs: Result) -> dict[str, float]:
+    """The relative distance of the loss, the logits and each gradient."""
+    assert ours.grads.keys() == theirs.grads.keys()
+    distances = {name: distance(grad, theirs.grads[name]) for name, grad in ours.grads.items()}
+    loss = abs(ours.loss - theirs.loss) / abs(theirs.loss)
+    return {"loss": loss, "logits": distance(ours.logits, theirs.logits), **distances}
+
+
+def assert_equal(ours: Result, theirs: Result, within: float, what: str) -> None:
+    for name, far in worst_distance(ours, theirs).items():
+        assert far < within, f"{what}: {name} is {far:.1e} away"
