@@ -38,7 +38,7 @@ class Pool:
 
     def __init__(self, world_size: int) -> None:
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "bench.training"])
+        context.set_forkserver_preload(["torch._dynamo", "bench.worker"])
         self.folder = tempfile.TemporaryDirectory()
         rendezvous = os.path.join(self.folder.name, "rendezvous")
         self.pipes, self.processes = [], []

@@ -116,9 +116,9 @@ def run_case(training: Training, tokens: Tensor, labels: Tensor) -> Result | Non
         loss = training.forward(batch)
     training.backward(loss)
     (total,) = training.global_loss(loss.detach()[None])
-    grads = whole_gradients(training)
-    logits = whole_logits(training, batch, recorded[0].detach(), tokens.shape)
-    return Result(total, logits, grads) if rank() == 0 else None
+    parts = {**gradients(training), "logits": whole_logits(training, batch, recorded[0].detach(), tokens.shape)}
+    grads = together(parts)
+    return Result(total, grads.pop("logits"), grads) if rank() == 0 else None
 
 
 def rank() -> int:
@@ -142,24 +142,26 @@ class recorded_logits:  # noqa: N801 (a context manager)
             setattr(module, name, loss)
 
 
-def everywhere(whole: Tensor) -> Tensor:
-    """Put together what ranks filled in, the rest being -inf."""
+def together(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put together what ranks filled in, the rest being -inf, in one message."""
+    flat = torch.cat([part.flatten() for part in parts.values()])
     if dist.is_initialized():
-        dist.all_reduce(whole, dist.ReduceOp.MAX)
-    return whole
+        dist.all_reduce(flat, dist.ReduceOp.MAX)
+    pieces = flat.split([part.numel() for part in parts.values()])
+    return {name: piece.view_as(part) for (name, part), piece in zip(parts.items(), pieces, strict=True)}
 
 
-def whole_gradients(training: Training) -> dict[str, Tensor]:
+def gradients(training: Training) -> dict[str, Tensor]:
+    """Every whole gradient as far as this rank has it, -inf elsewhere."""
     grads = {}
     for name, parameter, share in owned(training.model):
-        whole = torch.full(training.shapes[name], float("-inf"), dtype=parameter.dtype)
-        in_whole(whole, parameter, share).copy_(local(parameter.grad))
-        grads[name] = everywhere(whole)
+        grads[name] = torch.full(training.shapes[name], float("-inf"), dtype=parameter.dtype)
+        in_whole(grads[name], parameter, share).copy_(local(parameter.grad))
     return grads
 
 
 def whole_logits(training: Training, batch: Batch, logits: Tensor, shape: torch.Size) -> Tensor:
-    """[B, S, V] of each rank's rows (dp), tokens (positions) and vocabulary (tp)."""
+    """[B, S, V], of which this rank has rows (dp), tokens (positions) and a part of the vocabulary (tp)."""
     vocab_size = training.model.config.vocab_size
     whole = torch.full((*shape, vocab_size), float("-inf"), dtype=logits.dtype)
     rows = slice(*training.mesh.dp.span(shape[0]))
@@ -167,7 +169,7 @@ def whole_logits(training: Training, batch: Batch, logits: Tensor, shape: torch.
     mine = logits.unflatten(0, (-1, len(batch.positions))) if logits.dim() == 2 else logits
     if rows.start < rows.stop:
         whole[rows, batch.positions, columns] = mine
-    return everywhere(whole)
+    return whole
 
 
 def distance(ours: Tensor, theirs: Tensor) -> float:

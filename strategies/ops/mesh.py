@@ -4,6 +4,7 @@ Order, slowest first: dp, ring, ulysses, tp. Neighbours in tp and ulysses talk m
 (USP paper, section 4: ulysses inside, ring outside).
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -65,6 +66,7 @@ def axes_of(device: str, degrees: dict[str, int]) -> dict[str, Axis]:
     return axes
 
 
+@functools.cache  # groups are made once a process: they cost threads and connections
 def axis_of(device: str, name: str, size: int, stride: int) -> Axis:
     """The axis along which this rank's peers are `stride` apart."""
     if size == 1:
