@@ -86,13 +86,13 @@ def norms(s: Step) -> float:
 def tp(s: Step) -> float:
     """A block: 2 AR(D) forward, 2 AR(D) backward, and one more where recomputation needs attention's output."""
     block = (4 + s.passes - 1) * 2 * f(s.tp) * s.tokens * s.d * s.e
-    ends = 2 * f(s.tp) * s.tokens * s.d * (s.e_weight + s.e)  # AR of the embeddings, AR of the head's input's gradient
+    ends = 2 * 2 * f(s.tp) * s.tokens * s.d * s.e  # AR of the embeddings, AR of the gradient of the head's input
     return s.layers * block + ends + vocab_loss(s) + shared_kv_heads(s) + s.zero_model()
 
 
 def tp_sp_ends(s: Step) -> float:
     """RS and AG of the embeddings, 2 AG and RS at the head."""
-    return f(s.tp) * s.tokens * s.d * (2 * s.e_weight + 3 * s.e) + vocab_loss(s)
+    return f(s.tp) * s.tokens * s.d * 5 * s.e + vocab_loss(s)
 
 
 def tp_sp(s: Step) -> float:
@@ -128,9 +128,9 @@ def usp(s: Step) -> float:
 
 
 def odysseus(s: Step) -> float:
-    """A block: 3 AG(D) + 2 RS(D), and ZeRO for the MLP over all ranks, gathered again where it is recomputed."""
+    """A block: 3 AG(D) + 2 RS(D), AG and RS once more if recomputed; and ZeRO for the MLP over all ranks."""
     block = (5 + 2 * (s.passes - 1)) * f(s.tp) * s.tokens * s.d * s.e
-    mlp = s.zero(s.mlp_shapes(), s.world, s.gathers + s.passes - 1)
+    mlp = s.zero(s.mlp_shapes(), s.world, s.gathers)
     return s.layers * (block + mlp) + tp_sp_ends(s) + norms(s) + shared_kv_heads(s) + s.zero_model(mlp=False)
 
 

@@ -60,7 +60,8 @@ class TP(Strategy):
         return all_reduce(mlp(x), self.tp)  # [B, S, F_tp] inside
 
     def embed(self, embedding: nn.Embedding, tokens: Tensor) -> Tensor:
-        return all_reduce(vocab_embedding(embedding, self.vocab_size, tokens, self.tp), self.tp)
+        rows = vocab_embedding(embedding, self.vocab_size, tokens, self.tp, self.options.compute_dtype)
+        return all_reduce(rows, self.tp)  # {[B, S, D]} -> [B, S, D]
 
     def loss(self, head: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
         logits = head(copy(x, self.tp))  # [B, S, V_tp]

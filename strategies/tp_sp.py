@@ -44,7 +44,8 @@ class TPSP(TP):
         return reduce_scatter(mlp.output(projected), SEQUENCE, self.tp)  # {[B, S, D]} -> [B, S_tp, D]
 
     def embed(self, embedding: nn.Embedding, tokens: Tensor) -> Tensor:
-        return reduce_scatter(vocab_embedding(embedding, self.vocab_size, tokens, self.tp), SEQUENCE, self.tp)
+        rows = vocab_embedding(embedding, self.vocab_size, tokens, self.tp, self.options.compute_dtype)
+        return reduce_scatter(rows, SEQUENCE, self.tp)  # {[B, S, D]} -> [B, S_tp, D]
 
     def loss(self, head: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
         (logits,) = gathered_linear(x, [head], self.tp)  # [B, S_tp, D] -> [B, S, V_tp]

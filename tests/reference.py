@@ -125,7 +125,7 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-class recorded_logits:  # noqa: N801 (a context manager)
+class recorded_logits:
     """Keeps the logits that the strategies hand to their losses."""
 
     def __enter__(self) -> list[Tensor]:
@@ -134,7 +134,9 @@ class recorded_logits:  # noqa: N801 (a context manager)
             for name in ("token_loss_sum", "vocab_loss_sum"):
                 if (loss := getattr(module, name, None)) is not None:
                     self.kept.append((module, name, loss))
-                    setattr(module, name, lambda logits, *rest, loss=loss: (seen.append(logits), loss(logits, *rest))[1])
+                    setattr(
+                        module, name, lambda logits, *rest, loss=loss: (seen.append(logits), loss(logits, *rest))[1]
+                    )
         return seen
 
     def __exit__(self, *exc) -> None:

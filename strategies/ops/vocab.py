@@ -20,11 +20,11 @@ def token_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).to(wide), labels.flatten(), reduction="sum", ignore_index=IGNORED)
 
 
-def vocab_embedding(embedding: nn.Embedding, vocab_size: int, tokens: Tensor, axis: Axis) -> Tensor:
-    """tokens [B, S] -> {[B, S, D]} unreduced: zeros where another rank has the token's row."""
+def vocab_embedding(embedding: nn.Embedding, vocab_size: int, tokens: Tensor, axis: Axis, dtype) -> Tensor:
+    """tokens [B, S] -> {[B, S, D]} unreduced, in `dtype`: zeros where another rank has the token's row."""
     start, stop = axis.span(vocab_size)
     elsewhere = (tokens < start) | (tokens >= stop)
-    rows = F.embedding((tokens - start).masked_fill(elsewhere, 0), embedding.weight)
+    rows = F.embedding((tokens - start).masked_fill(elsewhere, 0), embedding.weight).to(dtype)
     return rows.masked_fill(elsewhere[..., None], 0)
 
 

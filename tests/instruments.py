@@ -1,0 +1,49 @@
+"""What a rank runs to be measured: the ledger and the memory log of one step of a small random model."""
+
+from dataclasses import asdict
+
+import torch
+
+from bench.config import OptimSection
+from bench.memory import Peak
+from bench.training import PRECISIONS, Training
+from bench.worker import count, initial, log_memory
+from models.config import ModelConfig
+from strategies.base import Options
+from strategies.ops.kernels import pick_kernel
+from tests.cases import Case
+
+
+def train(
+    case: Case, sizes: dict, batch: int, seq_len: int, dtype: str = "fp32", recompute: bool = False, **options
+) -> tuple[Training, object]:
+    """A Training that has made a step, and its batch."""
+    config = ModelConfig(**sizes)
+    dtypes = PRECISIONS[dtype]
+    training = Training(
+        config,
+        case.strategy,
+        case.degrees,
+        Options(pick_kernel("auto", "cpu", dtypes[1], config.head_dim), dtypes[1], ring_layout=case.layout, **options),
+        OptimSection(),
+        lambda name, shape: initial(name, shape, 0, "cpu"),
+        dtypes=dtypes,
+        recompute=recompute,
+    )
+    tokens = torch.randint(0, config.vocab_size, (batch, seq_len + 1), generator=torch.Generator().manual_seed(0))
+    placed = training.place(tokens[:, :-1], tokens[:, 1:])
+    training.backward(training.forward(placed))
+    training.update()
+    return training, placed
+
+
+def ledger(case: Case, sizes: dict, batch: int, seq_len: int, dtype: str = "fp32", *args, **options) -> list[dict]:
+    """The lines of comm.csv of one step, on this rank."""
+    book, _ = count(*train(case, sizes, batch, seq_len, dtype, *args, **options))
+    return [asdict(entry) for entry in book.entries.values()]
+
+
+def peak(rank: int, case: Case, sizes: dict, batch: int, seq_len: int, recompute: bool = False) -> Peak:
+    """The memory log's peak of one step, on this rank."""
+    training, placed = train(case, sizes, batch, seq_len, recompute=recompute)
+    return Peak(**log_memory(training, placed, "cpu"))

@@ -1,0 +1,176 @@
+"""The ledger equals the closed forms exactly: calls and bytes, per kind and phase, of one block and of a whole step."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from analysis.cost_table import step_bytes
+from tests import instruments
+from tests.cases import CASES, HEADS, Case
+from tests.ranks import on_ranks
+
+SIZES = {"dim": 64, "n_heads": 8, "ffn_dim": 96, "vocab_size": 64, "tie_embeddings": False}
+E_GRAD = 4  # bytes of a travelling dK, dV: fp32
+
+Form = dict[tuple[str, str, bool], tuple[int, float]]  # (phase, kind, carries weights) -> calls, bytes sent
+
+
+def block_form(case: Case, n_kv_heads: int, batch: int, seq_len: int, e: int) -> Form:
+    """What one block sends, forward and backward, by the papers (f = (P-1)/P; D, Dk in bytes)."""
+    d, i, k = SIZES["dim"], SIZES["ffn_dim"], SIZES["dim"] // SIZES["n_heads"]
+    d_k = n_kv_heads * k
+    batch = max(1, -(-batch // case.dp))
+    D, Dk = batch * seq_len * d * e, batch * seq_len * d_k * e
+    form: Counter = Counter()
+    calls: Counter = Counter()
+
+    def add(phase: str, kind: str, n: int, sent: float, weights: bool = False) -> None:
+        if sent:
+            calls[phase, kind, weights] += n
+            form[phase, kind, weights] += sent
+
+    def zero(elements: float, ranks: int) -> None:
+        f = (ranks - 1) / ranks
+        add("forward", "all_gather", 1, f * elements * e, True)
+        add("backward", "all_gather", 1, f * elements * e, True)
+        add("backward", "reduce_scatter", 1, f * elements * e, True)
+
+    tp, u, r = case.tp, case.ulysses, case.ring
+    f = (tp - 1) / tp
+    if case.strategy == "tp":
+        add("forward", "all_reduce", 2, 2 * 2 * f * D)
+        add("backward", "all_reduce", 2, 2 * 2 * f * D)
+    if case.strategy == "tp_sp":
+        add("forward", "all_gather", 2, 2 * f * D)
+        add("forward", "reduce_scatter", 2, 2 * f * D)
+        add("backward", "all_gather", 4, 4 * f * D)
+        add("backward", "reduce_scatter", 2, 2 * f * D)
+    if case.strategy == "odysseus":
+        add("forward", "all_gather", 1, f * D)
+        add("forward", "reduce_scatter", 1, f * D)
+        add("backward", "all_gather", 2, 2 * f * D)
+        add("backward", "reduce_scatter", 1, f * D)
+        zero(3 * d * i, case.world_size)
+    rho = max(1, u // n_kv_heads)
+    if u > 1:
+        exchanged = (u - 1) / u * (2 * D + 2 * rho * Dk) / (u * r)
+        add("forward", "all_to_all", 4, exchanged)
+        add("backward", "all_to_all", 4, exchanged)
+    if r > 1:
+        hop = 2 * rho * Dk / (u * r)
+        add("forward", "p2p", r - 1, (r - 1) * hop)
+        add("backward", "p2p", 2 * (r - 1), (r - 1) * (hop + hop * E_GRAD / e))
+    if tp > 1:  # replicated weights' gradients travel once a step for all blocks: no call of the block's own
+        shared = 2 * d if case.strategy in ("tp_sp", "odysseus") else 0
+        add("backward", "all_reduce", 0, 2 * f * shared / case.dp * 4, True)
+        copies = max(1, tp // n_kv_heads)
+        add("backward", "all_reduce", 0, 2 * (copies - 1) / copies * 2 * k * d / case.dp * 4, True)
+    attention = (2 * d * d + 2 * d * max(d_k // tp, k) * tp) / tp
+    mlp = 0 if case.strategy == "odysseus" else 3 * d * i / tp
+    if case.dp * u * r > 1:
+        zero(attention + mlp + 2 * d, case.dp * u * r)
+    return {key: (calls[key], form[key]) for key in form}
+
+
+def counted_block(rank: int, case: Case, n_kv_heads: int, batch: int, seq_len: int, dtype: str) -> Form:
+    """What a second block adds to the ledger of a model with one."""
+    totals = []
+    for n_layers in (2, 1):
+        sizes = {**SIZES, "n_kv_heads": n_kv_heads, "n_layers": n_layers}
+        entries = instruments.ledger(case, sizes, batch, seq_len, dtype)
+        calls, sent = Counter(), Counter()
+        for entry in entries:
+            key = entry["phase"], entry["kind"], entry["weights"]
+            calls[key] += entry["calls"]
+            sent[key] += entry["sent_bytes"]
+        totals.append((calls, sent))
+    (calls, sent), (fewer_calls, fewer_sent) = totals
+    return {
+        key: (calls[key] - fewer_calls[key], sent[key] - fewer_sent[key])
+        for key in sent
+        if sent[key] != fewer_sent[key]
+    }
+
+
+def total(form: Form) -> float:
+    return sum(sent for _, sent in form.values())
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if 1 < case.world_size < 8], ids=str)
+def test_one_block_sends_what_the_papers_say(case: Case):
+    variations = [(8, 1, "fp32"), (4, 2, "bf16"), (2, 3, "fp32")] if case.layout == "zigzag" else [(4, 1, "fp32")]
+    for n_kv_heads, batch, dtype in variations:
+        expected = block_form(case, n_kv_heads, batch, 32, {"fp32": 4, "bf16": 2}[dtype])
+        counted = on_ranks(case.world_size, counted_block, case, n_kv_heads, batch, 32, dtype)
+        assert max(counted, key=total) == expected, f"{n_kv_heads} kv heads, batch {batch}, {dtype}"
+
+
+def counted_step(rank: int, config: dict) -> tuple[float, list[str]]:
+    case = Case(config["strategy"]["name"], **config["mesh"], layout=config["ring"]["layout"])
+    entries = instruments.ledger(
+        case,
+        config["model"],
+        config["batch_size"],
+        config["seq_len"],
+        config["precision"],
+        config["recompute"] == "block",
+        zero_stage=config["zero_stage"],
+        ring_grad_dtype=config["ring"]["grad_dtype"],
+    )
+    return sum(round(entry["sent_bytes"]) for entry in entries), [entry["source"] for entry in entries]
+
+
+VARIATIONS = {
+    "plain": {},
+    "recompute": {"recompute": "block"},
+    "bf16_mixed": {"precision": "bf16_mixed"},
+    "bf16, dK and dV too": {"precision": "bf16", "ring": {"grad_dtype": "same"}},
+    "zero_stage 2": {"zero_stage": 2},
+    "tied, odd sizes, few kv heads": {
+        "model": {"tie_embeddings": True, "vocab_size": 67, "ffn_dim": 100, "n_kv_heads": 2},
+        "batch_size": 3,
+    },
+}
+
+
+@pytest.mark.parametrize("variation", VARIATIONS)
+@pytest.mark.parametrize("case", [case for case in CASES if case.world_size == 4 and case.layout == "zigzag"], ids=str)
+def test_a_whole_step_sends_what_the_cost_table_says(case: Case, variation: str):
+    change = VARIATIONS[variation]
+    config = {
+        "strategy": {"name": case.strategy},
+        "mesh": case.degrees,
+        "ring": {"layout": "zigzag", "grad_dtype": "fp32", **change.get("ring", {})},
+        "model": {**SIZES, "n_kv_heads": HEADS["gqa"], "n_layers": 2, "head_dim": 8, **change.get("model", {})},
+        "optim": {"grad_clip": 1.0},
+        "seq_len": 32,
+        "batch_size": change.get("batch_size", 2),
+        "precision": change.get("precision", "fp32"),
+        "recompute": change.get("recompute", "none"),
+        "zero_stage": change.get("zero_stage", 3),
+    }
+    sent, sources = max(on_ranks(4, counted_step, config))
+    assert sent == pytest.approx(step_bytes(config), abs=4)  # uneven parts are rounded one by one
+    assert set(sources) - {"harness"}, "no line of a strategy was found"
+    for source in sources:
+        named = source.startswith(("strategies/", "zero3 ")) or source == "harness"
+        assert named, source
+        assert not source.startswith("strategies/ops"), source
+
+
+def test_the_kernel_counts_the_same_bytes_on_the_wire():
+    """In a network namespace of its own, the loopback device carries what the ranks send and nothing else."""
+    probe = subprocess.run(["unshare", "-n", "true"], capture_output=True, check=False)
+    if probe.returncode != 0:
+        pytest.skip("this machine does not let us make a network namespace")
+    command = ["unshare", "-n", sys.executable, "-W", "ignore", "-m", "tests.loopback"]
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    )
+    assert result.returncode == 0, result.stderr
+    for line in json.loads(result.stdout.splitlines()[-1]):
+        assert line["on_the_wire"] == pytest.approx(line["in_the_ledger"], rel=0.02), line["case"]
