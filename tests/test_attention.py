@@ -1,0 +1,152 @@
+"""The kernels, the merge of partial softmaxes and the layouts, against plain softmax in fp64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from strategies.ops.kernels import Math, SdpaCpu, pick_kernel
+from strategies.ops.layouts import LAYOUTS, ring_split, tiles
+from strategies.ops.mesh import Axis
+from strategies.ops.ring_attention import merge
+from tests.ranks import on_ranks
+from tests.reference import distance
+
+shapes = st.tuples(
+    st.integers(1, 3),
+    st.integers(1, 40),
+    st.sampled_from([(8, 8), (8, 2), (6, 3), (4, 1)]),
+    st.sampled_from([8, 16, 20]),
+)
+
+
+def inputs(batch: int, seq_len: int, heads: tuple[int, int], head_dim: int, dtype=torch.float32, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [(batch, seq_len, n, head_dim) for n in (heads[0], heads[1], heads[1], heads[0])]
+    return [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes]
+
+
+def plain_attention(q, k, v, mask=None):
+    """Textbook attention of fp64 tensors [B, S, H, K], for autograd to differentiate."""
+    k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], 2) for t in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v), scores.logsumexp(-1)
+
+
+@pytest.mark.parametrize("kernel", [Math(), SdpaCpu()], ids=lambda kernel: kernel.name)
+@settings(max_examples=25, deadline=None)
+@given(shape=shapes, causal=st.booleans())
+def test_kernel(kernel, shape, causal):
+    batch, seq_len, heads, head_dim = shape
+    q, k, v, grad = inputs(batch, seq_len, heads, head_dim)
+    exact = [t.double().requires_grad_() for t in (q, k, v)]
+    mask = torch.ones(seq_len, seq_len, dtype=torch.bool).tril() if causal else None
+    out, lse = plain_attention(*exact, mask)
+    out.backward(grad.double())
+    ours, our_lse = kernel.forward(q, k, v, causal)
+    assert distance(ours, out.detach()) < 2e-6
+    torch.testing.assert_close(our_lse.double(), lse.detach(), atol=1e-5, rtol=1e-5)
+    for got, want in zip(kernel.backward(grad, q, k, v, ours, our_lse, causal), exact, strict=True):
+        assert distance(got, want.grad) < 5e-6 or want.grad.norm() < 1e-6
+
+
+@pytest.mark.parametrize("kernel", [Math(), SdpaCpu()], ids=lambda kernel: kernel.name)
+@settings(max_examples=10, deadline=None)
+@given(seq_len=st.integers(4, 40), pieces=st.integers(2, 4), scale=st.sampled_from([1.0, 30.0]))
+def test_blocks_merge_to_the_whole(kernel, seq_len, pieces, scale):
+    """Forward in pieces of k and v, and backward of each piece given the merged out and lse. Large scores too."""
+    q, k, v, grad = inputs(2, seq_len, (8, 2), 16)
+    q = q * scale
+    exact = [t.double().requires_grad_() for t in (q, k, v)]
+    whole, _ = plain_attention(*exact)
+    whole.backward(grad.double())
+    out = lse = None
+    chunks = list(zip(k.chunk(pieces, 1), v.chunk(pieces, 1), strict=True))
+    for k_piece, v_piece in chunks:
+        block = kernel.forward(q, k_piece, v_piece, causal=False)
+        if out is None:
+            out, lse = block
+        else:
+            merge(out, lse, *block)
+    assert distance(out, whole.detach()) < 5e-6 * scale
+    grads = [kernel.backward(grad, q, *chunk, out, lse, causal=False) for chunk in chunks]
+    grad_q = sum(g[0] for g in grads)
+    grad_k, grad_v = (torch.cat([g[i] for g in grads], 1) for i in (1, 2))
+    for got, want in zip((grad_q, grad_k, grad_v), exact, strict=True):
+        assert distance(got, want.grad) < 2e-5 * scale
+
+
+@given(layout=st.sampled_from(LAYOUTS), size=st.integers(1, 6), chunk=st.integers(1, 4))
+def test_layouts_see_exactly_what_the_causal_mask_lets_through(layout, size, chunk):
+    local = 2 * chunk
+    positions = [ring_split(torch.arange(local * size)[None], 1, layout, Axis("ring", size, r))[0] for r in range(size)]
+    assert torch.cat(positions).sort()[0].tolist() == list(range(local * size))
+    for rank in range(size):
+        for source in range(size):
+            seen = torch.zeros(local, local, dtype=torch.bool)
+            for q, kv, causal in tiles(layout, rank, source, local):
+                part = seen[q, kv]
+                part |= torch.ones_like(part).tril() if causal else True
+            allowed = positions[rank][:, None] >= positions[source][None]
+            assert torch.equal(seen, allowed), f"{layout}: rank {rank} of {size}, source {source}"
+
+
+@given(size=st.integers(2, 6), chunk=st.integers(1, 4))
+def test_zigzag_and_striped_balance_the_work(size, chunk):
+    local = 2 * chunk
+
+    def pairs(layout: str, rank: int) -> int:
+        seen = torch.ones(local, local)
+        total = 0
+        for source in range(size):
+            for q, kv, causal in tiles(layout, rank, source, local):
+                total += int((seen[q, kv].tril() if causal else seen[q, kv]).sum())
+        return total
+
+    zigzag, striped, contiguous = (
+        {pairs(layout, rank) for rank in range(size)} for layout in ("zigzag", "striped", "contiguous")
+    )
+    assert len(zigzag) == 1
+    assert max(striped) - min(striped) <= local * size  # a diagonal a block
+    assert max(contiguous) > 1.3 * max(zigzag)
+
+
+def ring_error(rank: int, layout: str, size: int) -> tuple[float, list[float]] | None:
+    """Ring attention in fp32 over `size` ranks against fp64 in one piece, on rank 0."""
+    import torch.distributed as dist
+
+    from strategies.base import Options
+    from strategies.ops.mesh import axis_of
+    from strategies.ops.ring_attention import ring_attention
+
+    axis = axis_of("cpu", "ring", size, 1)
+    whole = inputs(2, 8 * size, (8, 2), 16, torch.float64)
+    exact = [t.clone().requires_grad_() for t in whole[:3]]
+    mask = torch.ones(8 * size, 8 * size, dtype=torch.bool).tril()
+    out, _ = plain_attention(*exact, mask)
+    out.backward(whole[3])
+    mine = [ring_split(t.float(), 1, layout, axis) for t in whole]
+    leaves = [t.clone().requires_grad_() for t in mine[:3]]
+    ours = ring_attention(*leaves, axis, Options(SdpaCpu(), ring_layout=layout))
+    ours.backward(mine[3])
+    want = [ring_split(t, 1, layout, axis) for t in (out.detach(), *(t.grad for t in exact))]
+    got = [ours.detach(), *(t.grad for t in leaves)]
+    errors = torch.tensor([distance(g, w) for g, w in zip(got, want, strict=True)])
+    dist.all_reduce(errors, dist.ReduceOp.MAX)
+    return errors.tolist()
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ring_errors_do_not_grow_with_the_ring(layout, size):
+    assert max(on_ranks(size, ring_error, layout, size)[0]) < 2e-6
+
+
+def test_auto_picks_what_runs():
+    assert pick_kernel("auto", "cpu", torch.float32, 64).name == "sdpa"
+    assert pick_kernel("auto", "cuda", torch.float32, 64).name == "math"
+    assert pick_kernel("auto", "cuda", torch.bfloat16, 128).name in ("sdpa", "flash_attn")
+    with pytest.raises(ValueError, match=r"flash_attn needs CUDA.*these run: sdpa, math"):
+        pick_kernel("flash_attn", "cpu", torch.float32, 64)
