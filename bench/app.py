@@ -99,8 +99,8 @@ def print_table(rows: list[dict], name: str) -> None:
         table.add_row(row["strategy"], mesh(row) + layout, str(row["seq_len"]), *cells)
     console.print(table)
     for row in rows:
-        if row["status"] != "ok":
-            console.print(f"{title(row)}: [red]{row['status']}[/red], {row['reason']}", soft_wrap=True)
+        if row["reason"]:
+            console.print(f"{title(row)} · {row['status']}: {row['reason']}", soft_wrap=True)
     console.print(f"{os.path.join(RUNS, name, 'results.csv')}: one row each, with memory, bytes by phase and command")
 
 
@@ -108,7 +108,10 @@ def run_one(job: Job) -> dict:
     """A single run always measures."""
     start_server()
     row = run(job, rerun="all")
-    print_table([row], job.config["name"])
+    if row["status"] == "ok":
+        print_table([row], job.config["name"])
+    else:
+        console.print(f"{title(row)} · {outcome_line(row)}", soft_wrap=True)
     return row
 
 
@@ -121,7 +124,12 @@ def run_all(jobs: list[Job]) -> list[dict]:
         left = f", about {sum(spent) / len(spent) * (len(jobs) - i):.0f} s left" if spent else ""
         place = f"\\[{i + 1}/{len(jobs)}{left}] "
         started = time.monotonic()
-        row = run(job, job.config["rerun"], place)
+        try:
+            row = run(job, job.config["rerun"], place)
+        except KeyboardInterrupt:
+            console.print(f"interrupted: {len(rows)} of {len(jobs)} rows are in {RUNS / job.config['name']}; ", end="")
+            console.print("the same command again goes on from there")
+            sys.exit(130)
         if not row.get("kept"):
             spent.append(time.monotonic() - started)
         console.print(f"{place}{title(row)} · {outcome_line(row)}", soft_wrap=True)

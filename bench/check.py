@@ -1,10 +1,10 @@
 """From what the user wrote to what will run: every null filled, every rule checked, before any rank starts."""
 
 import copy
-import difflib
 import math
 
 from bench import data
+from bench.config import did_you_mean
 from models.checkpoint import Checkpoint, CheckpointError, read_config
 from models.config import ModelConfig
 
@@ -49,9 +49,9 @@ def check_choices(config: dict) -> None:
         section, _, leaf = key.rpartition(".")
         value = (config[section] if section else config)[leaf]
         if value not in allowed:
-            near = difflib.get_close_matches(str(value), [str(a) for a in allowed], 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise Invalid(f"{key.removesuffix('.name')}={value} is not one of {', '.join(map(str, allowed))}{hint}")
+            written = [str(a) for a in allowed]
+            hint = did_you_mean(str(value), written)
+            raise Invalid(f"{key.removesuffix('.name')}={value} is not one of {', '.join(written)}{hint}")
     for key, least in AT_LEAST.items():
         if config[key] < least:
             raise Invalid(f"{key}={config[key]} must be at least {least}")
@@ -149,9 +149,16 @@ def check_batch(config: dict) -> None:
 def check_data(config: dict) -> None:
     source, needed = config["data"], tokens_needed(config)
     try:
-        data.load(source["name"], source["path"], needed, config["model"]["vocab_size"], config["seed"])
+        tokens = data.load(source["name"], source["path"], needed, config["model"]["vocab_size"], config["seed"])
     except data.DataError as error:
         raise Invalid(str(error)) from None
+    if tokens.size < needed:
+        per_step = config["batch_size"] * config["seq_len"]
+        most = max(0, (tokens.size - 1) // per_step - config["warmup"])
+        raise Invalid(
+            f"steps={config['steps']} needs {needed} tokens, (warmup + steps) * batch_size * seq_len + 1, and "
+            f"data={source['name']} has {tokens.size}; steps={most} would do"
+        )
 
 
 def tokens_needed(config: dict) -> int:

@@ -3,12 +3,15 @@
 Values live in conf/; what must fit together is in bench/check.py. No torch here: `--help` must be quick.
 """
 
+import difflib
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from hydra.core.config_store import ConfigStore
+from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from models.config import RopeScaling
 
@@ -130,3 +133,31 @@ class Job:
 def register() -> None:
     """Make the dataclasses known to Hydra as the schema that conf/config.yaml fills."""
     ConfigStore.instance().store(name="schema", node=Config)
+
+
+def sentence(error: Exception) -> str:
+    """What Hydra refused, in one sentence: the key, what is wrong with it, and the nearest that would do."""
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        return f"{group}={choice} is not one of {', '.join(error.options)}{did_you_mean(choice, error.options)}"
+    cause = error.__cause__ or error
+    if isinstance(cause, (ConfigKeyError, ConfigAttributeError)):
+        key = str(cause.full_key or cause.key)
+        return f"there is no key {key}{did_you_mean(key, list(all_keys(OmegaConf.structured(Config))))}"
+    first_lines = [str(error).splitlines()[0], str(cause).splitlines()[0]]
+    return ": ".join(dict.fromkeys(line.rstrip(".") for line in first_lines))
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def all_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Every key of a configuration, as written on the command line."""
+    for key in config:
+        node = config._get_node(key)
+        if isinstance(node, DictConfig) and not node._is_none():
+            yield from all_keys(node, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"

@@ -1,5 +1,6 @@
 """Tokens. Sample s of a run reads tokens s * seq_len to s * seq_len + seq_len, inputs and shifted labels together."""
 
+import math
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ class DataError(ValueError):
 class RandomTokens:
     """An endless stream of uniform tokens; block s of seq_len tokens depends on (seed, s) alone."""
 
+    size = math.inf
+
     def __init__(self, vocab_size: int, seed: int) -> None:
         self.vocab_size, self.seed = vocab_size, seed
 
@@ -30,24 +33,19 @@ class StoredTokens:
     """Tokens in an array, in memory or on disk."""
 
     def __init__(self, tokens: np.ndarray) -> None:
-        self.tokens = tokens
+        self.tokens, self.size = tokens, len(tokens)
 
     def sample(self, s: int, seq_len: int) -> np.ndarray:
         return self.tokens[s * seq_len : s * seq_len + seq_len + 1].astype(np.int64)
 
 
 def load(name: str, path: str | None, needed: int, vocab_size: int, seed: int) -> RandomTokens | StoredTokens:
-    """The data source `name` (text, tokens, random), with at least `needed` tokens below vocab_size, or DataError."""
+    """The data source `name` (text, tokens, random). Its first `needed` tokens are below vocab_size, or DataError."""
     if name == "random":
         return RandomTokens(vocab_size, seed)
     tokens = read_text(path, needed) if name == "text" else read_array(path)
-    if len(tokens) < needed:
-        raise DataError(
-            f"steps: the run needs {needed} tokens, (warmup + steps) * batch_size * seq_len + 1, "
-            f"and data={name} has {len(tokens)}"
-        )
     used = tokens[:needed]
-    highest, lowest = int(used.max()), int(used[used != IGNORED].min(initial=0))
+    highest, lowest = int(used.max(initial=0)), int(used[used != IGNORED].min(initial=0))
     if highest >= vocab_size or lowest < 0:
         raise DataError(
             f"data={name} has tokens from {lowest} to {highest}, and model.vocab_size={vocab_size} allows 0 to "
