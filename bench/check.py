@@ -139,11 +139,9 @@ def fill_mesh(config: dict) -> None:
 
 
 def check_batch(config: dict) -> None:
-    idle = config["mesh"]["dp"] - config["batch_size"]
-    if idle > 0:
-        config["notes"].append(
-            f"batch_size={config['batch_size']} leaves {idle} of mesh.dp={config['mesh']['dp']} idle"
-        )
+    dp, batch_size = config["mesh"]["dp"], config["batch_size"]
+    if dp > batch_size:
+        config["notes"].append(f"batch_size={batch_size} leaves {dp - batch_size} of mesh.dp={dp} without a sequence")
 
 
 def check_data(config: dict) -> None:
@@ -154,10 +152,10 @@ def check_data(config: dict) -> None:
         raise Invalid(str(error)) from None
     if tokens.size < needed:
         per_step = config["batch_size"] * config["seq_len"]
-        most = max(0, (tokens.size - 1) // per_step - config["warmup"])
+        most = (tokens.size - 1) // per_step - config["warmup"]
         raise Invalid(
             f"steps={config['steps']} needs {needed} tokens, (warmup + steps) * batch_size * seq_len + 1, and "
-            f"data={source['name']} has {tokens.size}; steps={most} would do"
+            f"data={source['name']} has {tokens.size}; {f'steps={most}' if most > 0 else 'a smaller seq_len'} would do"
         )
 
 

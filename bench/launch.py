@@ -36,13 +36,14 @@ def rank_main(rank: int, config: dict, folder: str, pipe) -> None:
 
 
 def start_server() -> None:
-    """Start the server that ranks are forked from; it imports torch while the parent goes on."""
+    """Start the server that ranks are forked from, if it is not up; it imports torch while the parent goes on."""
     mp.set_forkserver_preload(["bench.worker"])
     forkserver.ensure_running()
 
 
 def launch(config: dict, progress: Callable[[str], None]) -> Outcome:
     """Run a resolved configuration on its ranks. Always returns, with no process left behind."""
+    start_server()
     context = mp.get_context("forkserver")
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         pipes, processes = [], []

@@ -7,6 +7,8 @@ import tempfile
 import traceback
 from datetime import timedelta
 
+from bench.launch import start_server
+
 TIMEOUT_S = 120
 
 
@@ -37,8 +39,8 @@ class Pool:
     """world_size ranks in a process group of their own."""
 
     def __init__(self, world_size: int) -> None:
+        start_server()
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["torch._dynamo", "bench.worker"])
         self.folder = tempfile.TemporaryDirectory()
         rendezvous = os.path.join(self.folder.name, "rendezvous")
         self.pipes, self.processes = [], []

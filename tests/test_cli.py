@@ -1,0 +1,166 @@
+"""The command line and the records, as a user meets them."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bench import records
+from bench.check import Invalid, resolve
+from tests.jobs import QUICK, job
+
+ROOT = Path(__file__).parents[1]
+
+WRONG = {  # overrides -> what the one sentence says
+    "strategy=ring seq_len=500 world_size=8": "seq_len=500 must be a multiple of 2 * mesh.ring = 16; 496 or 512 would",
+    "strategy=ring ring.layout=striped seq_len=63": "seq_len=63 must be a multiple of mesh.ring = 2; 62 or 64 would do",
+    "strategy=usp world_size=8 seq_len=72": "multiple of 2 * mesh.ring * mesh.ulysses = 16; 64 or 80 would do",
+    "strategy=tp world_size=3": "mesh.tp=3 must divide model.n_heads = 8",
+    "strategy=ulysses world_size=16": "8 would do",
+    "strategy=ulysses mesh.tp=2": "mesh.tp=2: strategy ulysses has no tp axis, only dp and ulysses",
+    "strategy=usp mesh.ring=3": "world_size=2 is no multiple of mesh.ring = 3; 3 would do",
+    "strategy=usp mesh.ring=2 mesh.ulysses=2 mesh.dp=1": "world_size=2 is not mesh.dp * mesh.ulysses * mesh.ring = 4",
+    "strategy=single world_size=2": "world_size=2 must be 1 for single; 1 would do",
+    "model.n_heads=6": "model.dim=128 is no multiple of model.n_heads=6 and model.head_dim is null; 126 or 132",
+    "model.n_kv_heads=3": "model.n_kv_heads=3 must divide model.n_heads=8; 2 or 4 would do",
+    "model.head_dim=15": "model.head_dim=15 must be even",
+    "precision=fp8": "precision=fp8 is not one of fp32, bf16, bf16_mixed",
+    "ring.layout=zigzak": "did you mean zigzag?",
+    "seq_len=0": "seq_len=0 must be at least 1",
+    "model=hf": "model.path is missing",
+    "model=hf model.path=/nowhere": "model.path: /nowhere/config.json: No such file or directory",
+    "data=tokens": "data.path is missing",
+    "data.path=/nowhere": "data.path=/nowhere: no such file or folder",
+    "device=cuda strategy=ring world_size=64 seq_len=128": "device=cuda: world_size=64 needs as many GPUs",
+    "attention.kernel=flash_attn": "these run: sdpa, math",
+    "model.vocab_size=100": "data=text has tokens from 0 to",
+}
+
+
+@pytest.mark.parametrize("overrides", WRONG)
+def test_a_mistake_is_named_with_what_would_do(overrides):
+    with pytest.raises(Invalid) as refused:
+        resolve(job(*overrides.split()).config)
+    sentence = str(refused.value)
+    assert WRONG[overrides] in sentence
+    assert "\n" not in sentence
+
+
+def test_more_steps_than_tokens(tmp_path):
+    np.save(tmp_path / "few.npy", np.arange(200) % 256)
+    np.save(tmp_path / "fewer.npy", np.arange(100))
+    with pytest.raises(Invalid, match=r"steps=2 needs 193 tokens.*has 100; a smaller seq_len would do"):
+        resolve(job("data=tokens", f"data.path={tmp_path}/fewer.npy").config)
+    with pytest.raises(Invalid, match=r"steps=5 needs 385 tokens.*has 200; steps=2 would do"):
+        resolve(job("data=tokens", f"data.path={tmp_path}/few.npy", "steps=5").config)
+    resolve(job("data=tokens", f"data.path={tmp_path}/few.npy").config)
+
+
+def bench(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "bench", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["sed_len=3"], "bench: there is no key sed_len; did you mean seq_len?"),
+        (["steps=abc"], "bench: Error merging override steps=abc: Value 'abc' of type 'str' could not be converted to"),
+        (["-m", "strategy=tp,fing"], "bench: strategy=fing is not one of odysseus, ring, single,"),
+    ],
+)
+def test_hydra_refuses_in_one_sentence(arguments, says, tmp_path):
+    result = bench(*arguments, cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.startswith(says)
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_help_explains_keys_and_groups(tmp_path):
+    text = bench("--help", cwd=tmp_path).stdout
+    assert "strategy: odysseus, ring, single, tp, tp_sp, ulysses, usp, zero" in text
+    assert "seq_len: 512" in text
+
+
+def test_a_single_run_is_a_row_that_its_command_reproduces(tmp_path):
+    result = bench(*QUICK, "strategy=usp", "world_size=4", "name=one", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "runs" / "one"
+    with open(folder / "results.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert list(row) == records.COLUMNS
+    record = json.loads((folder / row["run_id"] / "record.json").read_text())
+    assert row["status"] == "ok"
+    assert (row["dp"], row["tp"], row["ulysses"], row["ring"]) == ("1", "1", "2", "2")
+    assert len(record["losses"]) == 3
+    assert float(row["loss_first"]) == record["losses"][0]
+    assert row["comm_bytes"] == row["analytic_comm_bytes"]
+    parts = ("param", "grad", "optimizer", "activation", "other")
+    assert int(row["peak_bytes"]) == sum(int(row[f"{part}_bytes"]) for part in parts)
+    with open(folder / row["run_id"] / "comm.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert list(lines[0]) == records.COMM_COLUMNS
+    assert sum(int(line["sent_bytes"]) for line in lines) == int(row["comm_bytes"])
+    by_phase = [int(row[f"comm_bytes_{phase}"]) for phase in ("forward", "backward", "optimizer")]
+    assert sum(by_phase) == int(row["comm_bytes"])
+    assert int(row["comm_bytes_params"]) + int(row["comm_bytes_activations"]) == int(row["comm_bytes"])
+    calls = sum(int(row[f"calls_{kind}"]) for kind in records.KINDS)
+    assert calls == sum(int(line["calls"]) for line in lines)
+
+    assert row["command"].startswith("python -m bench ")
+    again = bench(*row["command"].split()[3:], cwd=tmp_path)
+    assert again.returncode == 0
+    repeated = json.loads((folder / row["run_id"] / "record.json").read_text())
+    assert repeated["losses"] == record["losses"]
+
+
+def test_an_invalid_run_is_a_row_too(tmp_path):
+    result = bench("strategy=tp_sp", "seq_len=511", cwd=tmp_path)
+    assert result.returncode == 1
+    with open(tmp_path / "runs" / "default" / "results.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["status"] == "invalid"
+    assert row["reason"] == "seq_len=511 must be a multiple of mesh.tp = 4; 508 or 512 would do"
+    assert row["reason"] in result.stdout
+
+
+def test_a_sweep_without_a_success_exits_with_1(tmp_path):
+    assert bench("-m", "strategy=tp_sp,ulysses", "seq_len=511", cwd=tmp_path).returncode == 1
+    assert len((tmp_path / "runs" / "default" / "results.csv").read_text().splitlines()) == 3
+
+
+def test_flops_are_counted_causally():
+    """6 N_matmul per token and 14 K a pair and head, over S (S + 1) / 2 pairs."""
+    from tests import instruments
+    from tests.cases import Case
+
+    sizes = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 96, "vocab_size": 80}
+    batch, seq_len, head_dim = 2, 48, 16
+    _, flops = instruments.count(*instruments.train(Case("single"), sizes, batch, seq_len))
+    weights = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96) + 64 * 80
+    pairs = seq_len * (seq_len + 1) // 2
+    assert flops == 6 * weights * batch * seq_len + 2 * 14 * batch * 4 * head_dim * pairs
+
+
+def test_ranks_share_the_work_of_one(tmp_path):
+    """Sharding moves FLOPs, it makes none: ring's blocks under a causal mask add up to the whole."""
+    from tests import instruments
+    from tests.cases import Case
+    from tests.ranks import on_ranks
+
+    sizes = {"dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "ffn_dim": 96, "vocab_size": 80}
+    _, whole = instruments.count(*instruments.train(Case("single"), sizes, 4, 64))
+    for case in (Case("zero", dp=4), Case("tp_sp", tp=4), Case("ulysses", ulysses=4), Case("usp", ulysses=2, ring=2)):
+        assert sum(on_ranks(4, flops_of, case, sizes)) == whole, case
+
+
+def flops_of(rank: int, case, sizes: dict) -> int:
+    from tests import instruments
+
+    return instruments.count(*instruments.train(case, sizes, 4, 64))[1]
