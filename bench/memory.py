@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -77,9 +79,11 @@ class MemoryLog(TorchDispatchMode):
             known.nbytes, known.gathered = nbytes, True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented  # it comes back as operations on its local tensor, which is what holds memory
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and type(tensor) is not torch.nn.Parameter:
+            if isinstance(tensor, Tensor) and not isinstance(tensor, FakeTensor):  # DTensor works out shapes on fakes
                 self.see(tensor.untyped_storage(), "other")
         return out
 
