@@ -146,9 +146,11 @@ STRATEGIES = {
 }
 
 
-def step_bytes(config: dict) -> float:
-    """The bytes that the busiest rank sends in one training step of a resolved configuration."""
+def step_bytes(config: dict) -> int | None:
+    """The bytes that the busiest rank sends in a training step of a resolved configuration; None without a formula."""
+    formula = STRATEGIES.get(config["strategy"]["name"])
+    if formula is None:
+        return None
     step = Step(config)
     clipping = config["optim"]["grad_clip"] is not None
-    gradient_norm = 2 * f(step.world) * WIDE if clipping else 0.0
-    return STRATEGIES[config["strategy"]["name"]](step) + gradient_norm
+    return round(formula(step) + (2 * f(step.world) * WIDE if clipping else 0))

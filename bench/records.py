@@ -88,7 +88,7 @@ def measure(config: dict, ranks: list[dict]) -> tuple[dict, list[dict]]:
         "activation_bytes": fullest["activations"],
         "other_bytes": fullest["other"],
         **communication(busiest["comm"]),
-        "analytic_comm_bytes": round(step_bytes(config)),
+        "analytic_comm_bytes": step_bytes(config),
         "loss_first": first["losses"][0],
         "loss_last": first["losses"][-1],
         "losses": first["losses"],

@@ -77,6 +77,7 @@ def run(rank: int, config: dict, folder: str, pipe) -> dict:
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=config["timeout_s"] + 60),  # the parent's limit comes first
+            device_id=torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else None,
         )
 
     training, source = build(config)

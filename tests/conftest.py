@@ -25,6 +25,15 @@ def checkpoints(tmp_path_factory) -> dict[str, str]:
     return folders
 
 
+def pytest_collection_modifyitems(items) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def close_pools():
     yield

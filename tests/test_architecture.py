@@ -130,9 +130,9 @@ def test_adding_a_strategy_is_what_the_readme_says(tmp_path):
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "*_cache", "__pycache__"))
     files = re.findall(r"`([\w/.]+)`[^`\n]*:\n+```(?:python|yaml)\n(.*?)```", section, re.DOTALL)
     assert [name for name, _ in files] == [
-        "strategies/gather_kv.py",
+        "strategies/gather_all.py",
         "strategies/__init__.py",
-        "conf/strategy/gather_kv.yaml",
+        "conf/strategy/gather_all.yaml",
     ]
     for name, text in files:
         target = copy / name

@@ -84,9 +84,9 @@ class SdpaCuda:
     def backward(self, grad, q, k, v, out, lse, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
         s_q, s_kv = q.shape[1], k.shape[1]
         grad, q, k, v, out = heads_first(grad, q, k, v, out)
-        no_dropout = torch.empty(0, dtype=torch.int64, device=q.device)
+        seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of a dropout that is 0
         grads = aten._scaled_dot_product_flash_attention_backward(
-            grad, q, k, v, out, lse.contiguous(), None, None, s_q, s_kv, 0.0, causal, no_dropout, no_dropout
+            grad, q, k, v, out, lse.contiguous(), None, None, s_q, s_kv, 0.0, causal, seed, seed[0]
         )
         return tuple(g.transpose(1, 2) for g in grads)
 

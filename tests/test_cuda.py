@@ -1,0 +1,59 @@
+"""What only a GPU can show: its kernels against fp64, and a training step like the CPU's. Run by ./run.sh gpu."""
+
+import pytest
+import torch
+
+from bench import app
+from strategies.ops.kernels import Math, pick_kernel
+from strategies.ops.ring_attention import merge
+from tests.jobs import job
+from tests.reference import distance
+
+pytestmark = pytest.mark.cuda
+
+
+@pytest.mark.parametrize("name", ["sdpa", "flash_attn"])
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_kernel_is_as_near_to_fp64_as_bf16_allows(name, heads, causal):
+    try:
+        kernel = pick_kernel(name, "cuda", torch.bfloat16, 64)
+    except ValueError as reason:
+        pytest.skip(str(reason))
+    torch.manual_seed(0)
+    n_heads, n_kv_heads = heads
+    numbers = (n_heads, n_kv_heads, n_kv_heads, n_heads)
+    q, k, v, grad = (torch.randn(2, 256, n, 64, device="cuda", dtype=torch.bfloat16) for n in numbers)
+    exact = [t.double() for t in (q, k, v)]
+    want, want_lse = Math().forward(*exact, causal)
+    wants = Math().backward(grad.double(), *exact, want, want_lse, causal)
+    out, lse = kernel.forward(q, k, v, causal)
+    assert lse.shape == want_lse.shape
+    assert distance(out, want) < 1e-2
+    assert distance(lse, want_lse) < 1e-3
+    for got, expected in zip(kernel.backward(grad, q, k, v, out, lse, causal), wants, strict=True):
+        assert distance(got, expected) < 2e-2
+
+
+def test_blocks_merge_on_the_gpu():
+    kernel = pick_kernel("auto", "cuda", torch.bfloat16, 64)
+    q, k, v = (torch.randn(1, 512, 8, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    whole, _ = kernel.forward(q, k, v, causal=False)
+    out, lse = kernel.forward(q, k[:, :256], v[:, :256], causal=False)
+    out = out.float()
+    merge(out, lse, *kernel.forward(q, k[:, 256:], v[:, 256:], causal=False))
+    assert distance(out, whole) < 1e-2
+
+
+def test_a_run_on_the_gpu_is_a_row(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wide = ["model.n_heads=2", "model.n_kv_heads=2"]  # head_dim 64, as the flash kernels want it
+    rows = {
+        device: app.run_one(job("strategy=single", "world_size=1", f"device={device}", "precision=bf16", *wide))
+        for device in ("cuda", "cpu")
+    }
+    assert [row["status"] for row in rows.values()] == ["ok", "ok"], rows
+    assert rows["cuda"]["attention_kernel"] in ("sdpa", "flash_attn")
+    assert rows["cuda"]["peak_reserved_bytes"] >= rows["cuda"]["peak_bytes"] > 0
+    assert rows["cuda"]["flops_per_rank"] == rows["cpu"]["flops_per_rank"]
+    assert rows["cuda"]["loss_last"] < rows["cuda"]["loss_first"]
