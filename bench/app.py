@@ -12,10 +12,10 @@ from rich.table import Table
 from bench import records
 from bench.check import Invalid, resolve
 from bench.config import Job
-from bench.launch import launch, start_server
+from bench.launch import Outcome, launch, start_server
 
 RUNS = Path("runs")
-console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=not sys.stdout.isatty(), highlight=False)
+console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True, highlight=False, markup=False)
 
 
 def stays(status: str, rerun: str) -> bool:
@@ -44,8 +44,7 @@ def run(job: Job, rerun: str, place: str = "") -> dict:
         stored = records.load(folder, record["run_id"])
         if stored and stays(stored["status"], rerun):
             return {**stored, "kept": True}
-        with console.status("") as status:
-            outcome = launch(config, lambda text: status.update(f"{place}{title(record)} · {text}"))
+        outcome = launch_in_sight(config, f"{place}{title(record)}")
         record |= {"status": outcome.status, "reason": outcome.reason}
         if outcome.status == "ok":
             measured, comm = records.measure(config, outcome.ranks)
@@ -57,6 +56,15 @@ def run(job: Job, rerun: str, place: str = "") -> dict:
     record["seconds"] = round(time.time() - started, 3)
     records.save(folder, record, comm)
     return record
+
+
+def launch_in_sight(config: dict, what: str) -> Outcome:
+    """Launch, and say meanwhile what runs; on a terminal in a line that also says how far it is, and goes."""
+    if not console.is_terminal:
+        console.print(what)
+        return launch(config, lambda text: None)
+    with console.status(what) as status:
+        return launch(config, lambda text: status.update(f"{what} · {text}"))
 
 
 def title(row: dict) -> str:
@@ -72,7 +80,7 @@ def mesh(row: dict) -> str:
 
 def outcome_line(row: dict) -> str:
     if row["status"] != "ok":
-        return f"[red]{row['status']}[/red]: {row['reason']}"
+        return f"{row['status']}: {row['reason']}"
     kept = " (kept from an earlier run)" if row.get("kept") else ""
     return f"{row['step_ms_median']:.1f} ms a step{kept}"
 
@@ -100,7 +108,7 @@ def print_table(rows: list[dict], name: str) -> None:
     console.print(table)
     for row in rows:
         if row["reason"]:
-            console.print(f"{title(row)} · {row['status']}: {row['reason']}", soft_wrap=True)
+            console.print(f"{title(row)} · {row['status']}: {row['reason']}")
     console.print(f"{os.path.join(RUNS, name, 'results.csv')}: one row each, with memory, bytes by phase and command")
 
 
@@ -111,7 +119,7 @@ def run_one(job: Job) -> dict:
     if row["status"] == "ok":
         print_table([row], job.config["name"])
     else:
-        console.print(f"{title(row)} · {outcome_line(row)}", soft_wrap=True)
+        console.print(f"{title(row)} · {outcome_line(row)}", style="red")
     return row
 
 
@@ -122,7 +130,7 @@ def run_all(jobs: list[Job]) -> list[dict]:
     spent: list[float] = []
     for i, job in enumerate(jobs):
         left = f", about {sum(spent) / len(spent) * (len(jobs) - i):.0f} s left" if spent else ""
-        place = f"\\[{i + 1}/{len(jobs)}{left}] "
+        place = f"[{i + 1}/{len(jobs)}{left}] "
         started = time.monotonic()
         try:
             row = run(job, job.config["rerun"], place)
@@ -132,7 +140,9 @@ def run_all(jobs: list[Job]) -> list[dict]:
             sys.exit(130)
         if not row.get("kept"):
             spent.append(time.monotonic() - started)
-        console.print(f"{place}{title(row)} · {outcome_line(row)}", soft_wrap=True)
+        launched = row["status"] != "invalid" and not row.get("kept")
+        said = "    → " if launched and not console.is_terminal else f"{place}{title(row)} · "
+        console.print(f"{said}{outcome_line(row)}", style=None if row["status"] == "ok" else "red")
         rows.append(row)
     print_table(rows, jobs[0].config["name"])
     return rows

@@ -2,11 +2,14 @@
 
 A causal mask lets S (S + 1) / 2 of the S^2 query-key pairs through, and only these are counted, whatever the kernel
 computes. A pair costs 4 K a head forward (scores and output) and 10 K backward (five products: Dao 2023, section 3.1).
+Recomputation is not counted: it is the model's operations that MFU relates to the peak (Chowdhery et al. 2022).
 """
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+from bench.comm import recomputing
 
 
 class FlopCounter(TorchDispatchMode):
@@ -19,7 +22,8 @@ class FlopCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if not self.in_attention and (formula := flop_registry.get(func._overloadpacket)):
+        formula = flop_registry.get(func._overloadpacket)
+        if formula and not self.in_attention and not recomputing():
             self.total += formula(*args, **(kwargs or {}), out_val=out)
         return out
 
@@ -39,7 +43,8 @@ class CountedKernel:
     def counted(self, call, flops_per_dim: int, q: Tensor, k: Tensor, tensors, causal: bool):
         batch, s_q, heads, head_dim = q.shape
         pairs = s_q * (s_q + 1) // 2 if causal else s_q * k.shape[1]
-        self.counter.total += flops_per_dim * batch * heads * head_dim * pairs
+        if not recomputing():
+            self.counter.total += flops_per_dim * batch * heads * head_dim * pairs
         self.counter.in_attention = True
         try:
             return call(*tensors, causal)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
+from pathlib import Path
 
 GRACE_S = 1.0  # between the first sign of a failure and the verdict: time for the rank that began it to be heard
 
@@ -146,16 +147,15 @@ def where_ranks_are(processes: list, folder: str) -> str:
         if not process.is_alive():
             places.append(f"rank {rank} has ended")
             continue
-        with open(os.path.join(folder, f"stack{rank}")) as stack:
-            places.append(f"rank {rank} is in {place(stack.read())}")
+        stack = Path(folder, f"stack{rank}")
+        frames = stack.read_text() if stack.exists() else ""
+        places.append(f"rank {rank} is in {place(frames)}" if frames else f"rank {rank} is starting")
     return ", ".join(places)
 
 
 def place(stack: str) -> str:
     """The innermost call into torch.distributed and the innermost line of a strategy, of a stack innermost first."""
     frames = re.findall(r'File "(.+?)", line (\d+) in (\S+)', stack)
-    if not frames:
-        return "an unknown place"
     call = next((name for file, _, name in reversed(frames) if "distributed_c10d" in file), frames[0][2])
     line = next((f"{f[f.rindex('strategies/') :]}:{n}" for f, n, _ in frames if "/strategies/" in f), None)
     return f"{call} ({line})" if line else f"{call} ({os.path.basename(frames[0][0])}:{frames[0][1]})"
