@@ -33,7 +33,10 @@ class Step:
         self.e_grad_kv = WIDE if c["ring"]["grad_dtype"] == "fp32" else self.e
         self.passes = 2 if c["recompute"] == "block" else 1  # forwards of what a block keeps nothing of
         self.gathers = 2 if c["zero_stage"] == 3 else 1
-        self.tokens = max(1, ceil(c["batch_size"] / self.dp)) * c["seq_len"]  # of the sequences that this rank sees
+        sequences = max(1, ceil(c["batch_size"] / self.dp))
+        self.tokens = sequences * c["seq_len"] / (self.u * self.r)  # that a tp group sees, between the attentions
+        self.q, self.kv = self.d_q / self.tp, max(self.d_k / self.tp, self.head_dim)  # a rank's part of a token's q, k
+        self.rho = max(1, self.u / max(1, self.n_kv_heads / self.tp))  # copies of a kv head that ulysses needs
         self.world = self.dp * self.tp * self.u * self.r
 
     def zero(self, shapes: list[tuple[int, ...]], ranks: int, gathers: int) -> float:
@@ -75,12 +78,12 @@ def vocab_loss(s: Step) -> float:
 def shared_kv_heads(s: Step) -> float:
     """AR, in fp32, of the gradients of k and v weights that rho = tp / n_kv_heads ranks share."""
     rho = max(1, s.tp // s.n_kv_heads)
-    return s.layers * 2 * f(rho) * ceil(2 * s.head_dim * s.d / s.dp) * WIDE
+    return s.layers * 2 * f(rho) * ceil(2 * s.head_dim * s.d / (s.dp * s.u * s.r)) * WIDE
 
 
 def norms(s: Step) -> float:
     """AR, in fp32, of the norms' gradients, each of which saw its own tokens only."""
-    return 2 * f(s.tp) * (2 * s.layers + 1) * ceil(s.d / s.dp) * WIDE
+    return 2 * f(s.tp) * (2 * s.layers + 1) * ceil(s.d / (s.dp * s.u * s.r)) * WIDE
 
 
 def tp(s: Step) -> float:
@@ -102,17 +105,13 @@ def tp_sp(s: Step) -> float:
 
 
 def exchanges(s: Step) -> float:
-    """Over ulysses: A2A of q, k, v and the output, and of their gradients; rho copies of a kv head."""
-    rho = max(1, s.u // s.n_kv_heads)
-    forward = f(s.u) * s.tokens / (s.u * s.r) * (2 * s.d_q + 2 * rho * s.d_k) * s.e
-    return s.layers * (1 + s.passes) * forward
+    """Over ulysses: A2A of q, k, v and the output, and of their gradients."""
+    return s.layers * (1 + s.passes) * f(s.u) * s.tokens * (2 * s.q + 2 * s.rho * s.kv) * s.e
 
 
 def hops(s: Step) -> float:
     """Around the ring: r-1 hops of k and v forward, r-1 of them backward, and r-1 of their gradients."""
-    rho = max(1, s.u // s.n_kv_heads)
-    kv = 2 * s.tokens / (s.u * s.r) * rho * s.d_k
-    return s.layers * (s.r - 1) * kv * ((1 + s.passes) * s.e + s.e_grad_kv)
+    return s.layers * (s.r - 1) * 2 * s.tokens * s.rho * s.kv * ((1 + s.passes) * s.e + s.e_grad_kv)
 
 
 def ulysses(s: Step) -> float:
@@ -127,11 +126,16 @@ def usp(s: Step) -> float:
     return exchanges(s) + hops(s) + s.zero_model()
 
 
+def tp_usp(s: Step) -> float:
+    """TP-SP's linears, with USP's exchanges and hops inside."""
+    return tp_sp(s) + exchanges(s) + hops(s)
+
+
 def odysseus(s: Step) -> float:
-    """A block: 3 AG(D) + 2 RS(D), AG and RS once more if recomputed; and ZeRO for the MLP over all ranks."""
+    """A block: 3 AG(D) + 2 RS(D), AG and RS once more if recomputed; ZeRO for the MLP over all ranks; a ring's hops."""
     block = (5 + 2 * (s.passes - 1)) * f(s.tp) * s.tokens * s.d * s.e
     mlp = s.zero(s.mlp_shapes(), s.world, s.gathers)
-    return s.layers * (block + mlp) + tp_sp_ends(s) + norms(s) + shared_kv_heads(s) + s.zero_model(mlp=False)
+    return s.layers * (block + mlp) + hops(s) + tp_sp_ends(s) + norms(s) + shared_kv_heads(s) + s.zero_model(mlp=False)
 
 
 STRATEGIES = {
@@ -142,6 +146,7 @@ STRATEGIES = {
     "ulysses": ulysses,
     "ring": ring,
     "usp": usp,
+    "tp_usp": tp_usp,
     "odysseus": odysseus,
 }
 

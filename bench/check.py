@@ -127,7 +127,7 @@ def fill_mesh(config: dict) -> None:
         below, above = around(world_size, lambda n: n % product == 0 if left_open else n == product)
         raise Invalid(f"world_size={world_size} {wrong} {written} = {product}; {either(below, above)} would do")
     free = world_size // product
-    filled = {left_open[0]: free} if len(left_open) == 1 else strategy.degrees(free, shape) if left_open else {}
+    filled = strategy.degrees(free, left_open, shape) if left_open else {}
     for axis in AXES:
         mesh[axis] = given.get(axis, filled.get(axis, 1))
 

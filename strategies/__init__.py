@@ -5,6 +5,7 @@ from strategies.ring import Ring
 from strategies.single import Single
 from strategies.tp import TP
 from strategies.tp_sp import TPSP
+from strategies.tp_usp import TPUSP
 from strategies.ulysses import Ulysses
 from strategies.usp import USP
 from strategies.zero import Zero
@@ -17,5 +18,6 @@ STRATEGIES = {
     "ulysses": Ulysses,
     "ring": Ring,
     "usp": USP,
+    "tp_usp": TPUSP,
     "odysseus": Odysseus,
 }

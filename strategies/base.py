@@ -18,6 +18,7 @@ count once; verbs come from ops/collectives.py and name their axis; and nothing 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import prod
 from typing import ClassVar
 
 import torch
@@ -66,11 +67,11 @@ def multiple(key: str, value: int, of: int, names: str) -> Rule:
 
 
 def sequence_rule(shape: Shape) -> Rule:
-    """seq_len in equal parts around the ring (two a rank in zigzag), each in equal parts over ulysses."""
-    ring, ulysses = shape.degrees["ring"], shape.degrees["ulysses"]
-    parts = 2 if shape.ring_layout == "zigzag" else 1
-    names = " * ".join([*(["2"] if parts == 2 else []), "mesh.ring", *(["mesh.ulysses"] if ulysses > 1 else [])])
-    return multiple("seq_len", shape.seq_len, parts * ring * ulysses, names)
+    """seq_len in equal parts around the ring (two a rank in zigzag), each in equal parts over ulysses and tp."""
+    wide = [axis for axis in ("ring", "ulysses", "tp") if shape.degrees[axis] > 1]
+    parts = [2] if shape.ring_layout == "zigzag" and "ring" in wide else []
+    names = " * ".join([*map(str, parts), *(f"mesh.{axis}" for axis in wide)])
+    return multiple("seq_len", shape.seq_len, prod([*parts, *(shape.degrees[axis] for axis in wide)]), names)
 
 
 def heads_rule(key: str, degree: int, shape: Shape) -> Rule:
@@ -93,9 +94,9 @@ class Strategy:
         self.dp, self.ring, self.ulysses, self.tp = mesh.dp, mesh.ring, mesh.ulysses, mesh.tp
 
     @classmethod
-    def degrees(cls, free: int, shape: Shape) -> dict[str, int]:
-        """How `free` ranks are laid out when the mesh is left open; without an axis of its own, over dp."""
-        return {cls.axes[0] if cls.axes else "dp": free}
+    def degrees(cls, free: int, left_open: list[str], shape: Shape) -> dict[str, int]:
+        """How `free` ranks are laid out along the axes that the user left open: the first takes all."""
+        return {left_open[0]: free}
 
     @classmethod
     def rules(cls, shape: Shape) -> list[Rule]:

@@ -1,28 +1,49 @@
 """odysseus: TP-SP's attention, and an MLP that stays on its own tokens with ZeRO-3 weights.
 
-paper           Fang 2024, Odysseus (github.com/feifeibear/Odysseus-Transformer)
+paper           Fang 2024, Odysseus (github.com/feifeibear/Odysseus-Transformer); with mesh.ring, orthogonal to Ring
 tokens          S/N everywhere but in attention
-weights         attention as tp; the MLP 1/N, gathered when it runs; the norms' gradients are summed at the end
-attention       H/N heads a rank, over gathered tokens; partial outputs are summed and split again
+weights         attention as tp; the MLP 1/N, gathered when it runs; the norms' gradients are summed over tp
+attention       H/tp heads a rank, over gathered tokens (S/ring of them, and around the ring); split again
 mlp             local on S/N tokens
-embedding, head as tp_sp: V/N rows a rank, logits [B, S, V/N]
+embedding, head as tp_sp: V/tp rows a rank, logits [B, S/ring, V/tp]
 communication   forward: AG(D) + RS(D) + AG(P_mlp); backward: 2 AG(D) + RS(D) + AG(P_mlp) + RS(P_mlp)
-needs           n_heads % N == 0; N and n_kv_heads: one divides the other; seq_len % N == 0
+needs           n_heads % tp == 0; tp and n_kv_heads: one divides the other; seq_len % tp == 0
+                (with a ring, % (2 ring tp) for zigzag, % (ring tp) for the others)
 """
 
 from torch import Tensor, nn
 
+from strategies.base import Rule, Shape, heads_rule, sequence_rule
+from strategies.ops.collectives import reduce_scatter
+from strategies.ops.layouts import ring_split
+from strategies.ops.linear import SEQUENCE, gathered_linear
 from strategies.ops.mesh import everyone
+from strategies.ops.ring_attention import ring_attention
 from strategies.tp_sp import TPSP
 
 
 class Odysseus(TPSP):
+    axes = ("tp", "ring")
+
+    @classmethod
+    def rules(cls, shape: Shape) -> list[Rule]:
+        return [heads_rule("mesh.tp", shape.degrees["tp"], shape), sequence_rule(shape)]
+
+    def split(self, tokens: Tensor) -> Tensor:
+        return ring_split(tokens, SEQUENCE, self.options.ring_layout, self.ring)
+
     def shard(self, model: nn.Module) -> None:
-        self.everyone = everyone(self.tp)
+        self.everyone = everyone(self.mesh)
         super().shard(model)
 
     def shard_mlp(self, mlp: nn.Module) -> None:
         self.zero3(mlp, axis=self.everyone)
+
+    def attention(self, attn: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        qkv = gathered_linear(x, [attn.q, attn.k, attn.v], self.tp)  # [B, S_ring_tp, D] -> [B, S_ring, .._tp]
+        q, k, v = attn.heads(qkv, rope)  # [B, S_ring, H_tp, K], k and v [B, S_ring, G_tp, K]
+        out = ring_attention(q, k, v, self.ring, self.options)
+        return reduce_scatter(attn.output(out), SEQUENCE, self.tp)  # {[B, S_ring, D]} -> [B, S_ring_tp, D]
 
     def mlp(self, mlp: nn.Module, x: Tensor) -> Tensor:
         return mlp(x)

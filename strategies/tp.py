@@ -32,7 +32,7 @@ class TP(Strategy):
 
     def shard(self, model: nn.Module) -> None:
         self.vocab_size, n_kv_heads = model.config.vocab_size, model.config.n_kv_heads
-        replicas = neighbours(self.tp, max(1, self.tp.size // n_kv_heads))  # ranks that share a kv head
+        replicas = neighbours(self.mesh, max(1, self.tp.size // n_kv_heads))  # ranks that share a kv head
         column(model.embed.table, self.tp)
         column(model.head.linear, self.tp)
         model.tie()

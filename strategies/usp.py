@@ -25,12 +25,12 @@ class USP(Ulysses):
     axes = ("ulysses", "ring")
 
     @classmethod
-    def degrees(cls, free: int, shape: Shape) -> dict[str, int]:
+    def degrees(cls, free: int, left_open: list[str], shape: Shape) -> dict[str, int]:
         """The widest ulysses that the heads allow without copies, as long as the ring keeps at least two ranks."""
-        fits = (
-            u for u in range(max(1, free // 2), 1, -1) if not (free % u or shape.n_heads % u or shape.n_kv_heads % u)
-        )
-        ulysses = next(fits, 1)
+        if len(left_open) == 1:
+            return {left_open[0]: free}
+        sizes = (free, shape.n_heads, shape.n_kv_heads)
+        ulysses = next((u for u in range(max(1, free // 2), 1, -1) if not any(n % u for n in sizes)), 1)
         return {"ulysses": ulysses, "ring": free // ulysses}
 
     @classmethod

@@ -43,6 +43,13 @@ def cases(world_size: int) -> list[Case]:
     if n == 4:
         found += [Case(name, dp=2, tp=2) for name in ("tp", "tp_sp", "odysseus")]
         found += [Case("ulysses", dp=2, ulysses=2), Case("ring", dp=2, ring=2)]
+        found += [Case("tp_usp", tp=4), Case("tp_usp", ulysses=4), Case("tp_usp", tp=2, ulysses=2)]
+        found += [Case(name, tp=2, ring=2, layout=layout) for name in ("tp_usp", "odysseus") for layout in LAYOUTS]
+        found += [Case("odysseus", ring=4)]
+    if n == 8:
+        found += [Case("tp_usp", tp=2, ulysses=2, ring=2, layout=layout) for layout in LAYOUTS]
+        found += [Case("usp", dp=2, ulysses=2, ring=2), Case("odysseus", dp=2, tp=2, ring=2)]
+        found += [Case("tp_usp", dp=2, tp=2, ring=2)]
     return found
 
 

@@ -24,7 +24,9 @@ def block_form(case: Case, n_kv_heads: int, batch: int, seq_len: int, e: int) ->
     d, i, k = SIZES["dim"], SIZES["ffn_dim"], SIZES["dim"] // SIZES["n_heads"]
     d_k = n_kv_heads * k
     batch = max(1, -(-batch // case.dp))
-    D, Dk = batch * seq_len * d * e, batch * seq_len * d_k * e
+    tp, u, r = case.tp, case.ulysses, case.ring
+    tokens = batch * seq_len / (u * r)  # of a tp group, between the attentions
+    D = tokens * d * e
     form: Counter = Counter()
     calls: Counter = Counter()
 
@@ -39,12 +41,11 @@ def block_form(case: Case, n_kv_heads: int, batch: int, seq_len: int, e: int) ->
         add("backward", "all_gather", 1, f * elements * e, True)
         add("backward", "reduce_scatter", 1, f * elements * e, True)
 
-    tp, u, r = case.tp, case.ulysses, case.ring
     f = (tp - 1) / tp
     if case.strategy == "tp":
         add("forward", "all_reduce", 2, 2 * 2 * f * D)
         add("backward", "all_reduce", 2, 2 * 2 * f * D)
-    if case.strategy == "tp_sp":
+    if case.strategy in ("tp_sp", "tp_usp"):
         add("forward", "all_gather", 2, 2 * f * D)
         add("forward", "reduce_scatter", 2, 2 * f * D)
         add("backward", "all_gather", 4, 4 * f * D)
@@ -55,20 +56,23 @@ def block_form(case: Case, n_kv_heads: int, batch: int, seq_len: int, e: int) ->
         add("backward", "all_gather", 2, 2 * f * D)
         add("backward", "reduce_scatter", 1, f * D)
         zero(3 * d * i, case.world_size)
-    rho = max(1, u // n_kv_heads)
+    g = max(1, n_kv_heads // tp)  # kv heads of a tp rank
+    rho = max(1, u // g)
+    q, kv = tokens * d / tp * e, tokens * rho * g * k * e  # bytes of a rank's q, and of its k
     if u > 1:
-        exchanged = (u - 1) / u * (2 * D + 2 * rho * Dk) / (u * r)
+        exchanged = (u - 1) / u * (2 * q + 2 * kv)
         add("forward", "all_to_all", 4, exchanged)
         add("backward", "all_to_all", 4, exchanged)
     if r > 1:
-        hop = 2 * rho * Dk / (u * r)
+        hop = 2 * kv
         add("forward", "p2p", r - 1, (r - 1) * hop)
         add("backward", "p2p", 2 * (r - 1), (r - 1) * (hop + hop * E_GRAD / e))
     if tp > 1:  # replicated weights' gradients travel once a step for all blocks: no call of the block's own
-        shared = 2 * d if case.strategy in ("tp_sp", "odysseus") else 0
-        add("backward", "all_reduce", 0, 2 * f * shared / case.dp * 4, True)
+        shared = 2 * d if case.strategy in ("tp_sp", "tp_usp", "odysseus") else 0
+        zero_ways = case.dp * u * r
+        add("backward", "all_reduce", 0, 2 * f * shared / zero_ways * 4, True)
         copies = max(1, tp // n_kv_heads)
-        add("backward", "all_reduce", 0, 2 * (copies - 1) / copies * 2 * k * d / case.dp * 4, True)
+        add("backward", "all_reduce", 0, 2 * (copies - 1) / copies * 2 * k * d / zero_ways * 4, True)
     attention = (2 * d * d + 2 * d * max(d_k // tp, k) * tp) / tp
     mlp = 0 if case.strategy == "odysseus" else 3 * d * i / tp
     if case.dp * u * r > 1:

@@ -19,6 +19,9 @@ SPLIT = [
     Case("ring", ring=N),
     Case("usp", ulysses=2, ring=2),
     Case("odysseus", tp=N),
+    Case("odysseus", tp=2, ring=2),
+    Case("tp_usp", tp=2, ulysses=2),
+    Case("tp_usp", tp=2, ring=2),
 ]
 
 

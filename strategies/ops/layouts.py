@@ -28,6 +28,8 @@ class Tile(NamedTuple):
 def ring_split(x: Tensor, dim: int, layout: str, axis: Axis) -> Tensor:
     """This ring rank's tokens of x along `dim`, in the layout's order."""
     size, rank = axis.size, axis.rank
+    if size == 1:
+        return x
     if layout == "contiguous":
         return x.chunk(size, dim)[rank]
     if layout == "striped":

@@ -44,13 +44,14 @@ class Mesh:
     ulysses: Axis
     tp: Axis
     zero: Axis
+    device: str = "cpu"
 
     @classmethod
     def build(cls, device: str, dp: int = 1, ring: int = 1, ulysses: int = 1, tp: int = 1) -> "Mesh":
         """Every rank calls this once, after init_process_group with dp * ring * ulysses * tp ranks."""
         axes = axes_of(device, dict(zip(AXES, (dp, ring, ulysses, tp), strict=True)))
         zero = axes_of(device, {"zero": dp * ring * ulysses, "inside": tp})["zero"]
-        return cls(**axes, zero=zero)
+        return cls(**axes, zero=zero, device=device)
 
 
 def axes_of(device: str, degrees: dict[str, int]) -> dict[str, Axis]:
@@ -78,11 +79,11 @@ def axis_of(device: str, name: str, size: int, stride: int) -> Axis:
     return Axis(name, size, place, DeviceMesh.from_group(group, device, ranks, mesh_dim_names=(name,)))
 
 
-def neighbours(axis: Axis, size: int) -> Axis:
-    """Groups of `size` consecutive ranks within `axis`, the innermost: those that hold one and the same slice."""
-    return axis_of(axis.mesh.device_type if axis.mesh else "cpu", f"{axis.name}_replicas", size, stride=1)
+def neighbours(mesh: Mesh, size: int) -> Axis:
+    """Groups of `size` consecutive ranks within tp, the innermost axis: those that hold one and the same slice."""
+    return axis_of(mesh.device, "tp_replicas", size, stride=1)
 
 
-def everyone(axis: Axis) -> Axis:
-    """All ranks as one axis, on the device of `axis`."""
-    return axis_of(axis.mesh.device_type, "world", dist.get_world_size(), stride=1) if axis.mesh else Axis("world")
+def everyone(mesh: Mesh) -> Axis:
+    """All ranks as one axis."""
+    return axis_of(mesh.device, "world", mesh.zero.size * mesh.tp.size, stride=1)
