@@ -7,7 +7,7 @@ rank sends f S. AR an all_reduce: 2 f S. A2A of a local buffer S: f S. A hop sen
 """
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 
 BYTES = {"fp32": (4, 4), "bf16": (2, 2), "bf16_mixed": (4, 2)}  # of a weight (and its gradient), of an activation
 WIDE = 4  # bytes of what is always exchanged in fp32
@@ -32,17 +32,23 @@ class Step:
         self.e_weight, self.e = BYTES[c["precision"]]
         self.e_grad_kv = WIDE if c["ring"]["grad_dtype"] == "fp32" else self.e
         self.passes = 2 if c["recompute"] == "block" else 1  # forwards of what a block keeps nothing of
-        self.gathers = 2 if c["zero_stage"] == 3 else 1
+        self.stage = c["zero_stage"]
         sequences = max(1, ceil(c["batch_size"] / self.dp))
         self.tokens = sequences * c["seq_len"] / (self.u * self.r)  # that a tp group sees, between the attentions
         self.q, self.kv = self.d_q / self.tp, max(self.d_k / self.tp, self.head_dim)  # a rank's part of a token's q, k
         self.rho = max(1, self.u / max(1, self.n_kv_heads / self.tp))  # copies of a kv head that ulysses needs
+        self.grad_shards = self.dp * self.u * self.r if self.stage else 1  # once reduced, where ZeRO shards them
         self.world = self.dp * self.tp * self.u * self.r
 
-    def zero(self, shapes: list[tuple[int, ...]], ranks: int, gathers: int) -> float:
-        """AG of the weights `gathers` times and RS of the gradients; FSDP2 cuts dim 0, and pads it to do so."""
-        padded = sum(ceil(rows / ranks) * ranks * (columns[0] if columns else 1) for rows, *columns in shapes)
-        return f(ranks) * padded * (gathers * self.e + self.e_weight)
+    def zero(self, shapes: list[tuple[int, ...]], ranks: int) -> float:
+        """Stage 0: AR of the gradients; 1: RS of them, AG of the weights; 2: AG, RS; 3: AG twice, RS.
+
+        FSDP2 (2 and 3) cuts dim 0 of every weight, and pads it to do so.
+        """
+        if self.stage < 2:
+            return 2 * f(ranks) * sum(prod(shape) for shape in shapes) * self.e_weight
+        padded = sum(ceil(rows / ranks) * ranks * prod(columns) for rows, *columns in shapes)
+        return f(ranks) * padded * ((self.stage - 1) * self.e + self.e_weight)
 
     def attention_shapes(self, tp: int = 1) -> list[tuple[int, ...]]:
         kv = max(self.d_k // tp, self.head_dim)
@@ -58,7 +64,7 @@ class Step:
         block = self.attention_shapes(self.tp) + (self.mlp_shapes(self.tp) if mlp else []) + norms
         vocab = [(ceil(self.vocab / self.tp), self.d)]
         ends = vocab + [(self.d,)] + ([] if self.tied else vocab)
-        return self.layers * self.zero(block, ranks, self.gathers) + self.zero(ends, ranks, self.gathers)
+        return self.layers * self.zero(block, ranks) + self.zero(ends, ranks)
 
 
 def single(s: Step) -> float:
@@ -78,12 +84,12 @@ def vocab_loss(s: Step) -> float:
 def shared_kv_heads(s: Step) -> float:
     """AR, in fp32, of the gradients of k and v weights that rho = tp / n_kv_heads ranks share."""
     rho = max(1, s.tp // s.n_kv_heads)
-    return s.layers * 2 * f(rho) * ceil(2 * s.head_dim * s.d / (s.dp * s.u * s.r)) * WIDE
+    return s.layers * 2 * f(rho) * ceil(2 * s.head_dim * s.d / s.grad_shards) * WIDE
 
 
 def norms(s: Step) -> float:
     """AR, in fp32, of the norms' gradients, each of which saw its own tokens only."""
-    return 2 * f(s.tp) * (2 * s.layers + 1) * ceil(s.d / (s.dp * s.u * s.r)) * WIDE
+    return 2 * f(s.tp) * (2 * s.layers + 1) * ceil(s.d / s.grad_shards) * WIDE
 
 
 def tp(s: Step) -> float:
@@ -134,7 +140,7 @@ def tp_usp(s: Step) -> float:
 def odysseus(s: Step) -> float:
     """A block: 3 AG(D) + 2 RS(D), AG and RS once more if recomputed; ZeRO for the MLP over all ranks; a ring's hops."""
     block = (5 + 2 * (s.passes - 1)) * f(s.tp) * s.tokens * s.d * s.e
-    mlp = s.zero(s.mlp_shapes(), s.world, s.gathers)
+    mlp = s.zero(s.mlp_shapes(), s.world)
     return s.layers * (block + mlp) + hops(s) + tp_sp_ends(s) + norms(s) + shared_kv_heads(s) + s.zero_model(mlp=False)
 
 

@@ -15,7 +15,7 @@ CHOICES = {
     "mode": ("real",),
     "workload": ("step",),
     "recompute": ("none", "block"),
-    "zero_stage": (2, 3),
+    "zero_stage": (0, 1, 2, 3),
     "ring.layout": ("contiguous", "zigzag", "striped"),
     "ring.grad_dtype": ("fp32", "same"),
     "attention.kernel": ("auto", "flash_attn", "sdpa", "math"),

@@ -14,7 +14,7 @@ from strategies import STRATEGIES
 from strategies.base import Options
 from strategies.ops.mesh import Mesh
 from strategies.ops.vocab import IGNORED
-from strategies.ops.weights import gradient_norm, local, materialize, sum_partial_gradients
+from strategies.ops.weights import finish_gradients, gradient_norm, local, materialize, publish_weights, trained
 
 PRECISIONS = {  # of the weights that the optimizer updates, and of the activations
     "fp32": (torch.float32, torch.float32),
@@ -82,25 +82,28 @@ class Training:
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
-        sum_partial_gradients(self.model)
+        finish_gradients(self.model)
 
     def update(self) -> None:
         """Clip, AdamW, and zero the gradients, which stay allocated from step to step."""
         if self.optimizer is None:
             self.optimizer = self.make_optimizer()
-        grads = [shard.grad for shard in self.optimizer.param_groups[0]["params"]]
         if self.optim.grad_clip is not None:
             scale = (self.optim.grad_clip / (gradient_norm(self.model) + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(grads, scale)
+            torch._foreach_mul_([shard.grad for shard in self.optimizer.param_groups[0]["params"]], scale)
         self.optimizer.step()
-        torch._foreach_zero_(grads)
+        publish_weights(self.model)
+        self.zero_grads()
+
+    def zero_grads(self) -> None:
+        torch._foreach_zero_([local(parameter.grad) for parameter in self.model.parameters()])
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """AdamW over plain tensors, this rank's shards: it is elementwise, and needs nothing from DTensor."""
         shards = []
-        for parameter in self.model.parameters():
-            shards.append(torch.nn.Parameter(local(parameter.detach())))
-            shards[-1].grad = local(parameter.grad)
+        for weights, grad, _, _ in trained(self.model):
+            shards.append(torch.nn.Parameter(weights))
+            shards[-1].grad = grad
         o = self.optim
         return torch.optim.AdamW(
             shards, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay, fused=True
@@ -108,9 +111,12 @@ class Training:
 
     def state(self) -> dict[str, list[Tensor]]:
         """What of the model and its optimizer lives on this rank, after the first update."""
-        shards = self.optimizer.param_groups[0]["params"]
-        moments = [moment for state in self.optimizer.state.values() for moment in state.values()]
-        return {"params": shards, "grads": [shard.grad for shard in shards], "optimizer": moments}
+        parameters = list(self.model.parameters())
+        return {
+            "params": [local(parameter.detach()) for parameter in parameters],
+            "grads": [local(parameter.grad) for parameter in parameters],
+            "optimizer": [moment for state in self.optimizer.state.values() for moment in state.values()],
+        }
 
     def global_loss(self, shares: Tensor) -> list[float]:
         """The losses of which each rank of the zero axis holds a share."""

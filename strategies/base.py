@@ -24,9 +24,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from strategies.ops.mesh import Mesh
+from strategies.ops.mesh import Axis, Mesh
 from strategies.ops.vocab import token_loss_sum
-from strategies.ops.weights import zero3
+from strategies.ops.weights import zero
 
 
 @dataclass
@@ -127,18 +127,14 @@ class Strategy:
         """x [B, S_local, D], labels [B, S_local] -> the sum of the token losses."""
         return token_loss_sum(head(x), labels)
 
-    def zero3(self, *modules: nn.Module, axis=None) -> None:
+    def zero(self, *modules: nn.Module, axis: Axis | None = None) -> None:
         """ZeRO over all ranks that hold different tokens (or over `axis`), at the configured stage and dtype."""
-        zero3(
-            *modules,
-            axis=axis or self.mesh.zero,
-            compute_dtype=self.options.compute_dtype,
-            stage=self.options.zero_stage,
-        )
+        options = self.options
+        zero(*modules, axis=axis or self.mesh.zero, compute_dtype=options.compute_dtype, stage=options.zero_stage)
 
-    def zero3_model(self, model: nn.Module) -> None:
+    def zero_model(self, model: nn.Module) -> None:
         """ZeRO for a whole model: the weights of each block, of the embedding and of the head travel together."""
         ends = [[model.embed, model.head]] if model.config.tie_embeddings else [[model.embed], [model.head]]
         for modules in [*([block] for block in model.blocks), *ends]:
-            self.zero3(*modules)
-        self.zero3(model)  # owns no weight itself; FSDP2 schedules the others from it
+            self.zero(*modules)
+        self.zero(model)  # owns no weight itself; FSDP2 schedules the others from it

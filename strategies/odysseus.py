@@ -37,7 +37,7 @@ class Odysseus(TPSP):
         super().shard(model)
 
     def shard_mlp(self, mlp: nn.Module) -> None:
-        self.zero3(mlp, axis=self.everyone)
+        self.zero(mlp, axis=self.everyone)
 
     def attention(self, attn: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         qkv = gathered_linear(x, [attn.q, attn.k, attn.v], self.tp)  # [B, S_ring_tp, D] -> [B, S_ring, .._tp]

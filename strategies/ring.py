@@ -30,7 +30,7 @@ class Ring(Strategy):
         return ring_split(tokens, SEQUENCE, self.options.ring_layout, self.ring)
 
     def shard(self, model: nn.Module) -> None:
-        self.zero3_model(model)
+        self.zero_model(model)
 
     def attention(self, attn: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = attn.heads(attn.project(x), rope)  # [B, S_sp, H, K], k and v [B, S_sp, G, K]

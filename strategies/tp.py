@@ -42,7 +42,7 @@ class TP(Strategy):
             column_heads(block.attn.v, n_kv_heads, self.tp, replicas)
             row(block.attn.o, self.tp)
             self.shard_mlp(block.mlp)
-        self.zero3_model(model)  # over dp
+        self.zero_model(model)  # over dp
 
     def shard_mlp(self, mlp: nn.Module) -> None:
         column(mlp.gate, self.tp)

@@ -36,7 +36,7 @@ class Ulysses(Strategy):
         return tokens.chunk(self.ulysses.size, SEQUENCE)[self.ulysses.rank]
 
     def shard(self, model: nn.Module) -> None:
-        self.zero3_model(model)
+        self.zero_model(model)
 
     def attention(self, attn: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = attn.heads(attn.project(x), rope)  # [B, S_sp, H, K], k and v [B, S_sp, G, K]

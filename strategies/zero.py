@@ -22,4 +22,4 @@ class Zero(Single):
         return []
 
     def shard(self, model: nn.Module) -> None:
-        self.zero3_model(model)
+        self.zero_model(model)

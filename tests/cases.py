@@ -16,6 +16,12 @@ class Case:
     ulysses: int = 1
     ring: int = 1
     layout: str = "zigzag"
+    zero_stage: int = 3
+
+    @property
+    def options(self) -> dict:
+        """The strategy's options that differ from case to case."""
+        return {"ring_layout": self.layout, "zero_stage": self.zero_stage}
 
     @property
     def degrees(self) -> dict[str, int]:
@@ -27,7 +33,9 @@ class Case:
 
     def __str__(self) -> str:
         axes = " ".join(f"{axis}{size}" for axis, size in self.degrees.items() if size > 1)
-        return f"{self.strategy} {axes} {self.layout if self.ring > 1 else ''}".strip()
+        layout = self.layout if self.ring > 1 else ""
+        stage = f"stage{self.zero_stage}" if self.zero_stage < 3 else ""
+        return " ".join(part for part in (self.strategy, axes, layout, stage) if part)
 
 
 def cases(world_size: int) -> list[Case]:
@@ -46,6 +54,9 @@ def cases(world_size: int) -> list[Case]:
         found += [Case("tp_usp", tp=4), Case("tp_usp", ulysses=4), Case("tp_usp", tp=2, ulysses=2)]
         found += [Case(name, tp=2, ring=2, layout=layout) for name in ("tp_usp", "odysseus") for layout in LAYOUTS]
         found += [Case("odysseus", ring=4)]
+        for stage in (0, 1, 2):
+            found += [Case("zero", dp=4, zero_stage=stage), Case("usp", ulysses=2, ring=2, zero_stage=stage)]
+            found += [Case(name, dp=2, tp=2, zero_stage=stage) for name in ("tp_sp", "odysseus")]
     if n == 8:
         found += [Case("tp_usp", tp=2, ulysses=2, ring=2, layout=layout) for layout in LAYOUTS]
         found += [Case("usp", dp=2, ulysses=2, ring=2), Case("odysseus", dp=2, tp=2, ring=2)]

@@ -24,7 +24,7 @@ def train(
         config,
         case.strategy,
         case.degrees,
-        Options(pick_kernel("auto", "cpu", dtypes[1], config.head_dim), dtypes[1], ring_layout=case.layout, **options),
+        Options(pick_kernel("auto", "cpu", dtypes[1], config.head_dim), dtypes[1], **{**case.options, **options}),
         OptimSection(),
         lambda name, shape: initial(name, shape, 0, "cpu"),
         dtypes=dtypes,
@@ -43,7 +43,9 @@ def ledger(case: Case, sizes: dict, batch: int, seq_len: int, dtype: str = "fp32
     return [asdict(entry) for entry in book.entries.values()]
 
 
-def peak(rank: int, case: Case, sizes: dict, batch: int, seq_len: int, recompute: bool = False) -> Peak:
+def peak(
+    rank: int, case: Case, sizes: dict, batch: int, seq_len: int, recompute: bool = False, zero_stage: int = 3
+) -> Peak:
     """The memory log's peak of one step, on this rank."""
-    training, placed = train(case, sizes, batch, seq_len, recompute=recompute)
+    training, placed = train(case, sizes, batch, seq_len, recompute=recompute, zero_stage=zero_stage)
     return Peak(**log_memory(training, placed, "cpu"))

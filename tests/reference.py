@@ -95,9 +95,7 @@ def build(case: Case, folder: str, dtypes=PRECISIONS["fp32"], kernel: str = "aut
     """A rank's Training of a case, from a checkpoint."""
     config = ModelConfig(**read_config(folder))
     checkpoint = Checkpoint(folder)
-    chosen = Options(
-        pick_kernel(kernel, "cpu", dtypes[1], config.head_dim), dtypes[1], ring_layout=case.layout, **options
-    )
+    chosen = Options(pick_kernel(kernel, "cpu", dtypes[1], config.head_dim), dtypes[1], **{**case.options, **options})
     return Training(
         config,
         case.strategy,
@@ -155,6 +153,11 @@ def together(parts: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def gradients(training: Training) -> dict[str, Tensor]:
     """Every whole gradient as far as this rank has it, -inf elsewhere."""
+    for replicas in training.model.replicas:
+        if replicas.stage == 1:  # only what this rank trains was reduced
+            mine = replicas.trained()[1].clone()
+            replicas.grads.fill_(float("-inf"))
+            replicas.trained()[1].copy_(mine)
     grads = {}
     for name, parameter, share in owned(training.model):
         grads[name] = torch.full(training.shapes[name], float("-inf"), dtype=parameter.dtype)

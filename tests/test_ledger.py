@@ -104,7 +104,7 @@ def total(form: Form) -> float:
     return sum(sent for _, sent in form.values())
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if 1 < case.world_size < 8], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if 1 < case.world_size < 8 and case.zero_stage == 3], ids=str)
 def test_one_block_sends_what_the_papers_say(case: Case):
     variations = [(8, 1, "fp32"), (4, 2, "bf16"), (2, 3, "fp32")] if case.layout == "zigzag" else [(4, 1, "fp32")]
     for n_kv_heads, batch, dtype in variations:
@@ -128,12 +128,13 @@ def counted_step(rank: int, config: dict) -> tuple[float, list[str]]:
     return sum(round(entry["sent_bytes"]) for entry in entries), [entry["source"] for entry in entries]
 
 
+FOUR = [case for case in CASES if case.world_size == 4 and case.layout == "zigzag" and case.zero_stage == 3]
 VARIATIONS = {
     "plain": {},
     "recompute": {"recompute": "block"},
     "bf16_mixed": {"precision": "bf16_mixed"},
     "bf16, dK and dV too": {"precision": "bf16", "ring": {"grad_dtype": "same"}},
-    "zero_stage 2": {"zero_stage": 2},
+    **{f"zero_stage {stage}": {"zero_stage": stage} for stage in (0, 1, 2)},
     "tied, odd sizes, few kv heads": {
         "model": {"tie_embeddings": True, "vocab_size": 67, "ffn_dim": 100, "n_kv_heads": 2},
         "batch_size": 3,
@@ -142,7 +143,7 @@ VARIATIONS = {
 
 
 @pytest.mark.parametrize("variation", VARIATIONS)
-@pytest.mark.parametrize("case", [case for case in CASES if case.world_size == 4 and case.layout == "zigzag"], ids=str)
+@pytest.mark.parametrize("case", FOUR, ids=str)
 def test_a_whole_step_sends_what_the_cost_table_says(case: Case, variation: str):
     change = VARIATIONS[variation]
     config = {
@@ -161,7 +162,7 @@ def test_a_whole_step_sends_what_the_cost_table_says(case: Case, variation: str)
     assert sent == pytest.approx(step_bytes(config), abs=4)  # uneven parts are rounded one by one
     assert set(sources) - {"harness"}, "no line of a strategy was found"
     for source in sources:
-        named = source.startswith(("strategies/", "zero3 ")) or source == "harness"
+        named = source.startswith(("strategies/", "zero")) or source == "harness"
         assert named, source
         assert not source.startswith("strategies/ops"), source
 

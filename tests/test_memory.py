@@ -49,6 +49,18 @@ def test_params_grads_and_optimizer_state_are_one_nth(case: Case, single):
             assert getattr(peak, part) < 1.03 * getattr(single, part) / N, part
 
 
+STAGES = {0: {}, 1: {"optimizer"}, 2: {"params", "grads", "optimizer"}, 3: {"params", "grads", "optimizer"}}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("case", [Case("zero", dp=N), Case("usp", ulysses=2, ring=2)], ids=str)
+def test_zero_keeps_what_its_stage_promises(case: Case, stage: int, single):
+    for peak in on_ranks(N, instruments.peak, case, SIZES, 1, SEQ_LEN, False, stage):
+        for part in ("params", "grads", "optimizer"):
+            share = N if part in STAGES[stage] else 1
+            assert getattr(peak, part) == pytest.approx(getattr(single, part) / share, rel=0.01), part
+
+
 def test_tp_keeps_whole_activations_between_the_matrices(single):
     """Megatron's section 4.1: 10 of 34 bytes per element do not shrink."""
     (peak, *_) = on_ranks(N, instruments.peak, Case("tp", tp=N), SIZES, 1, SEQ_LEN)

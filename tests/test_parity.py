@@ -22,7 +22,7 @@ def run_all_heads(rank: int, case: Case, folders: dict[str, str], batches: dict)
         training = reference.build(case, folder)
         for key, (tokens, labels) in batches.items():
             results[heads, key] = reference.run_case(training, tokens, labels)
-            training.model.zero_grad()
+            training.zero_grads()
     return results
 
 

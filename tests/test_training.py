@@ -60,7 +60,7 @@ def result_in(rank: int, case: Case, folder: str, dtype: torch.dtype) -> referen
     return reference.run_case(training, *batches()[0])
 
 
-@pytest.mark.parametrize("case", FOUR, ids=str)
+@pytest.mark.parametrize("case", [case for case in FOUR if case.zero_stage == 3], ids=str)
 def test_bf16_is_no_more_than_twice_as_far_from_fp64_as_one_process(case: Case, checkpoints):
     folder = checkpoints["gqa"]
     oracle = result_in(0, Case("single"), folder, torch.float64)
@@ -84,7 +84,9 @@ def one_loss(training) -> torch.Tensor:
     return loss.detach()
 
 
-@pytest.mark.parametrize("case", [case for case in FOUR if case.layout == "zigzag"], ids=str)
+@pytest.mark.parametrize(
+    "case", [case for case in FOUR if case.layout == "zigzag" and case.zero_stage in (1, 3)], ids=str
+)
 def test_bf16_mixed_keeps_fp32_weights_and_the_loss(case: Case, checkpoints, their_curve):
     (ours,) = on_ranks(4, mixed, case, checkpoints["gqa"])[0]
     assert ours == pytest.approx(their_curve[0], rel=2e-2)

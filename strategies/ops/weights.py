@@ -1,12 +1,13 @@
 """Which weights a rank owns: column and row slices (Megatron), replicas, and ZeRO by FSDP2.
 
 Sharding happens on the meta device, before any weight exists. materialize() then makes this rank's share only, from
-one whole parameter at a time, and whole_parameters() puts the wholes together again.
+one whole parameter at a time, and whole_parameters() puts the wholes together again. A training step goes
+finish_gradients(), the optimizer over trained(), publish_weights().
 """
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from strategies.ops.collectives import labelled, reduce_scatter_chunks, sum_over
+from strategies.ops.collectives import labelled, reduce_scatter_chunks, start_all_gather, sum_over
 from strategies.ops.mesh import Axis
 
 
@@ -23,7 +24,7 @@ class Share:
     """This rank's slice of a parameter along `dim`, one of `ways`, before ZeRO cuts that again along dim 0.
 
     `partial` is the axis along which ranks that hold the same slice each see only a part of its gradient;
-    `declared` is the strategy line that said so.
+    `declared` is the strategy line that said so. `replicas`: of ZeRO below stage 2, which keeps weights whole.
     """
 
     dim: int = 0
@@ -32,6 +33,7 @@ class Share:
     ways: int = 1
     partial: Axis | None = None
     declared: str | None = None
+    replicas: tuple[int, Axis] | None = None  # the stage, and the axis along which the replicas are
 
     def of(self, whole: Tensor) -> Tensor:
         stop = whole.shape[self.dim] if self.stop is None else self.stop
@@ -88,14 +90,25 @@ class ReduceScatter:
         reduce_scatter_chunks(output_tensor, input_tensor.view(group.size(), -1), group).wait()
 
 
-def zero3(*modules: nn.Module, axis: Axis, compute_dtype: torch.dtype, stage: int = 3) -> None:
-    """Shard the modules' weights, gradients and optimizer state over the axis (Rajbhandari et al. 2020), as FSDP2.
+def zero(*modules: nn.Module, axis: Axis, compute_dtype: torch.dtype, stage: int) -> None:
+    """Spread the modules' training state over the axis (Rajbhandari et al. 2020, section 5).
 
-    They gather their weights, in `compute_dtype` and all in one message, when their own forward is called; with stage
-    2 they keep them until backward is done. Gradients are summed, never averaged: the loss is already divided by the
-    global token count.
+    stage 0  nothing is sharded, gradients are all-reduced: plain data parallelism
+          1  the optimizer's state is sharded: gradients are reduce-scattered, new weights all-gathered
+          2  gradients and weights too, and gathered weights are kept from forward to backward (FSDP2)
+          3  and gathered again in backward (FSDP2)
+
+    From stage 2 on, the modules' weights travel together and in `compute_dtype`, when their own forward is called.
+    Gradients are summed, never averaged: the loss is already divided by the global token count.
     """
     if axis.size == 1:
+        return
+    if stage < 2:
+        for module in (inner for outer in modules for inner in outer.modules()):
+            shares = module.__dict__.setdefault("shares", {})
+            for name, _ in module.named_parameters(recurse=False):
+                share = shares.get(name, Share())
+                shares[name] = share if share.replicas else replace(share, replicas=(stage, axis))
         return
     master_dtype = next(modules[0].parameters()).dtype
     mixed = {"param_dtype": compute_dtype, "reduce_dtype": master_dtype} if compute_dtype != master_dtype else {}
@@ -105,6 +118,42 @@ def zero3(*modules: nn.Module, axis: Axis, compute_dtype: torch.dtype, stage: in
     modules[0].set_force_sum_reduction_for_comms(True)
     if axis.mesh.device_type == "cpu":
         modules[0].set_custom_reduce_scatter(ReduceScatter())
+
+
+class Replicas:
+    """Parameters that every rank of an axis holds whole (ZeRO 0 and 1), in one flat buffer: one message for all."""
+
+    def __init__(self, parameters: list[nn.Parameter], share: Share) -> None:
+        self.share = share
+        self.stage, self.axis = share.replicas
+        chunk = -(-sum(p.numel() for p in parameters) // self.axis.size)
+        self.weights = parameters[0].new_zeros(self.axis.size, chunk)
+        self.grads = torch.zeros_like(self.weights)
+        sizes = [p.numel() for p in parameters]
+        for buffer, attribute in ((self.weights, "data"), (self.grads, "grad")):
+            for parameter, part in zip(parameters, buffer.flatten()[: sum(sizes)].split(sizes), strict=True):
+                setattr(parameter, attribute, part.view_as(parameter))
+
+    def trained(self) -> tuple[Tensor, Tensor]:
+        """The weights that this rank's optimizer updates, and their gradient."""
+        mine = self.axis.rank if self.stage == 1 else slice(None)
+        return self.weights[mine], self.grads[mine]
+
+    def reduce(self) -> None:
+        """Sum the gradient over the axis, as far as this rank trains it."""
+        with labelled(source=f"zero{self.stage} model", weights=True):
+            if self.stage == 0:
+                dist.all_reduce(self.grads, group=self.axis.group)
+            else:
+                reduce_scatter_chunks(self.grads[self.axis.rank], self.grads, self.axis.group).wait()
+
+    def publish(self) -> None:
+        """Send the part that this rank has trained to the others."""
+        if self.stage == 1:
+            with labelled(source="zero1 model", weights=True):
+                self.weights.copy_(
+                    start_all_gather(self.weights[self.axis.rank], 0, self.axis).wait().view_as(self.weights)
+                )
 
 
 def owned(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Share]]:
@@ -131,8 +180,14 @@ def in_whole(whole: Tensor, parameter: Tensor, share: Share) -> Tensor:
 
 def materialize(model: nn.Module, device: str, whole: Callable[[str], Tensor]) -> None:
     """Give a sharded meta model its weights. whole(name) is called for one parameter at a time, in order."""
+    model.ranks = dist.get_world_size() if dist.is_initialized() else 1
     model.to_empty(device=device)
     model.tie()  # to_empty gave the head a weight of its own
+    alike: dict[tuple, list[tuple[nn.Parameter, Share]]] = {}
+    for _, parameter, share in owned(model):
+        if share.replicas:
+            alike.setdefault((share.replicas, share.partial, share.ways), []).append((parameter, share))
+    model.replicas = [Replicas([parameter for parameter, _ in group], group[0][1]) for group in alike.values()]
     with torch.no_grad():
         for name, parameter, share in owned(model):
             local(parameter).copy_(in_whole(whole(name), parameter, share))
@@ -149,12 +204,26 @@ def whole_parameters(model: nn.Module, shapes: dict[str, torch.Size]) -> Iterato
         yield name, whole
 
 
-def sum_partial_gradients(model: nn.Module) -> None:
-    """Finish the gradients of replicated weights: one all-reduce per axis, in fp32, of all of them together."""
-    by_axis: dict[str, list[tuple[Tensor, Share]]] = {}
+def trained(model: nn.Module) -> Iterator[tuple[Tensor, Tensor, Share, int]]:
+    """What this rank's optimizer updates: weights, their gradient, their share, and how many ranks update the same."""
+    ranks = model.ranks
+    for replicas in model.replicas:
+        ways = replicas.share.ways * (replicas.axis.size if replicas.stage == 1 else 1)
+        yield *replicas.trained(), replicas.share, ranks // ways
     for _, parameter, share in owned(model):
+        if not share.replicas:
+            ways = share.ways * (parameter.device_mesh.size() if isinstance(parameter, DTensor) else 1)
+            yield local(parameter.detach()), local(parameter.grad), share, ranks // ways
+
+
+def finish_gradients(model: nn.Module) -> None:
+    """After backward: reduce replicas', then sum partial ones, those of an axis in one all-reduce in fp32."""
+    for replicas in model.replicas:
+        replicas.reduce()
+    by_axis: dict[str, list[tuple[Tensor, Share]]] = {}
+    for _, grad, share, _ in trained(model):
         if share.partial is not None:
-            by_axis.setdefault(share.partial.name, []).append((local(parameter.grad), share))
+            by_axis.setdefault(share.partial.name, []).append((grad, share))
     for grads in by_axis.values():
         wide = torch.promote_types(grads[0][0].dtype, torch.float32)
         flat = torch.cat([grad.flatten().to(wide) for grad, _ in grads])
@@ -164,16 +233,18 @@ def sum_partial_gradients(model: nn.Module) -> None:
             grad.copy_(part.view_as(grad))
 
 
+def publish_weights(model: nn.Module) -> None:
+    """After the optimizer: make every rank's replicas the same again."""
+    for replicas in model.replicas:
+        replicas.publish()
+
+
 def gradient_norm(model: nn.Module) -> Tensor:
     """The 2-norm of the whole model's gradient, every element counted once however many ranks hold it."""
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
     squares = []
-    for _, parameter, share in owned(model):
-        zero_ways = parameter.device_mesh.size() if isinstance(parameter, DTensor) else 1
-        holders = world_size // (share.ways * zero_ways)
-        grad = local(parameter.grad)
+    for _, grad, _, holders in trained(model):
         squares.append(grad.to(torch.promote_types(grad.dtype, torch.float32)).square().sum() / holders)
     total = torch.stack(squares).sum()
-    if world_size > 1:
+    if model.ranks > 1:
         dist.all_reduce(total)
     return total.sqrt()
