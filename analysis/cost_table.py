@@ -116,7 +116,10 @@ def exchanges(s: Step) -> float:
 
 
 def hops(s: Step) -> float:
-    """Around the ring: r-1 hops of k and v forward, r-1 of them backward, and r-1 of their gradients."""
+    """Around the ring: r-1 hops of k and v forward, r-1 of them backward, and r-1 of their gradients.
+
+    With ring.kv=all_gather: AG of all k and v forward and backward, RS of their gradients; the same bytes.
+    """
     return s.layers * (s.r - 1) * 2 * s.tokens * s.rho * s.kv * ((1 + s.passes) * s.e + s.e_grad_kv)
 
 

@@ -17,7 +17,9 @@ CHOICES = {
     "recompute": ("none", "block"),
     "zero_stage": (0, 1, 2, 3),
     "ring.layout": ("contiguous", "zigzag", "striped"),
+    "ring.kv": ("rotate", "all_gather"),
     "ring.grad_dtype": ("fp32", "same"),
+    "placement": ("ulysses_inner", "ring_inner"),
     "attention.kernel": ("auto", "flash_attn", "sdpa", "math"),
     "rerun": ("none", "failed", "all"),
 }

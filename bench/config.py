@@ -63,7 +63,13 @@ class MeshSection:
 @dataclass
 class RingSection:
     layout: str = "zigzag"  # contiguous | zigzag | striped
+    kv: str = "rotate"  # rotate | all_gather
     grad_dtype: str = "fp32"  # fp32 | same: how dK and dV travel
+
+
+@dataclass
+class UlyssesSection:
+    packed: bool = False  # q, k and v in one exchange
 
 
 @dataclass
@@ -91,9 +97,11 @@ class Config:
     data: DataSection = field(default_factory=DataSection)
     mesh: MeshSection = field(default_factory=MeshSection)
     ring: RingSection = field(default_factory=RingSection)
+    ulysses: UlyssesSection = field(default_factory=UlyssesSection)
     attention: AttentionSection = field(default_factory=AttentionSection)
     optim: OptimSection = field(default_factory=OptimSection)
     world_size: int = 4
+    placement: str = "ulysses_inner"
     seq_len: int = 512
     batch_size: int = 1
     zero_stage: int = 3

@@ -52,9 +52,10 @@ class Training:
         device: str = "cpu",
         dtypes: tuple[torch.dtype, torch.dtype] = PRECISIONS["fp32"],
         recompute: bool = False,
+        placement: str = "ulysses_inner",
     ) -> None:
         weights_dtype, compute_dtype = dtypes
-        self.mesh = Mesh.build(device, **degrees)
+        self.mesh = Mesh.build(device, **degrees, placement=placement)
         self.strategy = STRATEGIES[strategy](self.mesh, options)
         with torch.device("meta"):
             self.model = Llama(config, self.strategy, compute_dtype, recompute).to(weights_dtype)

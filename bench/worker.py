@@ -134,6 +134,8 @@ def build(config: dict) -> tuple[Training, data.RandomTokens | data.StoredTokens
         zero_stage=config["zero_stage"],
         ring_layout=config["ring"]["layout"],
         ring_grad_dtype=config["ring"]["grad_dtype"],
+        ring_kv=config["ring"]["kv"],
+        ulysses_packed=config["ulysses"]["packed"],
     )
     if config["model"]["name"] == "hf":
         files = checkpoint.Checkpoint(config["model"]["path"])
@@ -150,6 +152,7 @@ def build(config: dict) -> tuple[Training, data.RandomTokens | data.StoredTokens
         config["device"],
         dtypes,
         recompute=config["recompute"] == "block",
+        placement=config["placement"],
     )
     source = data.load(
         config["data"]["name"], config["data"]["path"], tokens_needed(config), model.vocab_size, config["seed"]

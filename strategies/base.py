@@ -38,6 +38,8 @@ class Options:
     zero_stage: int = 3
     ring_layout: str = "zigzag"
     ring_grad_dtype: str = "fp32"
+    ring_kv: str = "rotate"
+    ulysses_packed: bool = False
 
 
 @dataclass

@@ -21,7 +21,7 @@ from strategies.ops.layouts import ring_split
 from strategies.ops.linear import gathered_linear
 from strategies.ops.ring_attention import ring_attention
 from strategies.tp_sp import TPSP
-from strategies.ulysses import HEADS, SEQUENCE, copy_kv_heads
+from strategies.ulysses import HEADS, SEQUENCE, to_heads
 
 
 class TPUSP(TPSP):
@@ -49,10 +49,7 @@ class TPUSP(TPSP):
     def attention(self, attn: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         qkv = gathered_linear(x, [attn.q, attn.k, attn.v], self.tp)  # [B, S_sp_tp, D] -> [B, S_sp, .._tp]
         q, k, v = attn.heads(qkv, rope)  # [B, S_sp, H_tp, K], k and v [B, S_sp, G_tp, K]
-        k, v = copy_kv_heads(k, self.ulysses), copy_kv_heads(v, self.ulysses)
-        q = all_to_all(q, HEADS, SEQUENCE, self.ulysses)  # -> [B, S_ring, H_tp_ulysses, K]
-        k = all_to_all(k, HEADS, SEQUENCE, self.ulysses)  # -> [B, S_ring, G_tp_ulysses, K]
-        v = all_to_all(v, HEADS, SEQUENCE, self.ulysses)
+        q, k, v = to_heads(q, k, v, self.ulysses, self.options.ulysses_packed)  # [B, S_ring, H_tp_ulysses, K]
         out = ring_attention(q, k, v, self.ring, self.options)
         out = all_to_all(out, SEQUENCE, HEADS, self.ulysses)  # -> [B, S_sp, H_tp, K]
         return reduce_scatter(attn.output(out), SEQUENCE, self.tp)  # {[B, S_sp, D]} -> [B, S_sp_tp, D]

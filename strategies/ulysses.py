@@ -11,6 +11,7 @@ needs           n_heads % N == 0; N and n_kv_heads: one divides the other (rho =
                 seq_len % N == 0
 """
 
+import torch
 from torch import Tensor, nn
 
 from strategies.base import Rule, Shape, Strategy, heads_rule, multiple
@@ -40,10 +41,9 @@ class Ulysses(Strategy):
 
     def attention(self, attn: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = attn.heads(attn.project(x), rope)  # [B, S_sp, H, K], k and v [B, S_sp, G, K]
-        k, v = copy_kv_heads(k, self.ulysses), copy_kv_heads(v, self.ulysses)
-        q = all_to_all(q, HEADS, SEQUENCE, self.ulysses)  # -> [B, S, H_sp, K]
-        k = all_to_all(k, HEADS, SEQUENCE, self.ulysses)  # -> [B, S, G_sp, K]
-        v = all_to_all(v, HEADS, SEQUENCE, self.ulysses)
+        q, k, v = to_heads(
+            q, k, v, self.ulysses, self.options.ulysses_packed
+        )  # [B, S, H_sp, K], k and v [B, S, G_sp, K]
         out = attend(q, k, v, self.options.kernel)
         out = all_to_all(out, SEQUENCE, HEADS, self.ulysses)  # [B, S, H_sp, K] -> [B, S_sp, H, K]
         return attn.output(out)
@@ -52,7 +52,19 @@ class Ulysses(Strategy):
         return mlp(x)
 
 
-def copy_kv_heads(kv: Tensor, ulysses: Axis) -> Tensor:
-    """[B, S_sp, G, K] -> [B, S_sp, max(G, N), K]: one head for every rank, and no copy where there are enough."""
-    copies = ulysses.size // kv.shape[HEADS]
-    return kv.repeat_interleave(copies, HEADS) if copies > 1 else kv
+def to_heads(q: Tensor, k: Tensor, v: Tensor, ulysses: Axis, packed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """All heads of some tokens -> some heads of all tokens, in three exchanges or, packed, in one.
+
+    Every rank needs a kv head: where there are fewer, they are copied first, and only then.
+    """
+    copies = ulysses.size // k.shape[HEADS]
+    if copies > 1:
+        k, v = k.repeat_interleave(copies, HEADS), v.repeat_interleave(copies, HEADS)
+    if packed and ulysses.size > 1:
+        by_rank = [t.unflatten(HEADS, (ulysses.size, -1)) for t in (q, k, v)]  # [B, S_sp, N, heads of that rank, K]
+        together = all_to_all(torch.cat(by_rank, dim=3).flatten(2, 3), HEADS, SEQUENCE, ulysses)
+        return together.split([t.shape[3] for t in by_rank], HEADS)
+    q = all_to_all(q, HEADS, SEQUENCE, ulysses)
+    k = all_to_all(k, HEADS, SEQUENCE, ulysses)
+    v = all_to_all(v, HEADS, SEQUENCE, ulysses)
+    return q, k, v

@@ -18,7 +18,7 @@ from strategies.base import Rule, Shape, heads_rule, sequence_rule
 from strategies.ops.collectives import all_to_all
 from strategies.ops.layouts import ring_split
 from strategies.ops.ring_attention import ring_attention
-from strategies.ulysses import HEADS, SEQUENCE, Ulysses, copy_kv_heads
+from strategies.ulysses import HEADS, SEQUENCE, Ulysses, to_heads
 
 
 class USP(Ulysses):
@@ -43,10 +43,9 @@ class USP(Ulysses):
 
     def attention(self, attn, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = attn.heads(attn.project(x), rope)  # [B, S_sp, H, K], k and v [B, S_sp, G, K]
-        k, v = copy_kv_heads(k, self.ulysses), copy_kv_heads(v, self.ulysses)
-        q = all_to_all(q, HEADS, SEQUENCE, self.ulysses)  # -> [B, S_ring, H_ulysses, K]
-        k = all_to_all(k, HEADS, SEQUENCE, self.ulysses)  # -> [B, S_ring, G_ulysses, K]
-        v = all_to_all(v, HEADS, SEQUENCE, self.ulysses)
+        q, k, v = to_heads(
+            q, k, v, self.ulysses, self.options.ulysses_packed
+        )  # [B, S_ring, H_ulysses, K], k, v [.., G_ulysses, K]
         out = ring_attention(q, k, v, self.ring, self.options)
         out = all_to_all(out, SEQUENCE, HEADS, self.ulysses)  # [B, S_ring, H_ulysses, K] -> [B, S_sp, H, K]
         return attn.output(out)

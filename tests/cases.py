@@ -17,11 +17,19 @@ class Case:
     ring: int = 1
     layout: str = "zigzag"
     zero_stage: int = 3
+    packed: bool = False
+    kv: str = "rotate"
+    placement: str = "ulysses_inner"
 
     @property
     def options(self) -> dict:
         """The strategy's options that differ from case to case."""
-        return {"ring_layout": self.layout, "zero_stage": self.zero_stage}
+        return {
+            "ring_layout": self.layout,
+            "ring_kv": self.kv,
+            "ulysses_packed": self.packed,
+            "zero_stage": self.zero_stage,
+        }
 
     @property
     def degrees(self) -> dict[str, int]:
@@ -35,7 +43,9 @@ class Case:
         axes = " ".join(f"{axis}{size}" for axis, size in self.degrees.items() if size > 1)
         layout = self.layout if self.ring > 1 else ""
         stage = f"stage{self.zero_stage}" if self.zero_stage < 3 else ""
-        return " ".join(part for part in (self.strategy, axes, layout, stage) if part)
+        variant = ("packed" if self.packed else "", self.kv.removeprefix("rotate"))
+        inner = self.placement.removeprefix("ulysses_inner")
+        return " ".join(part for part in (self.strategy, axes, layout, stage, *variant, inner) if part)
 
 
 def cases(world_size: int) -> list[Case]:
@@ -54,6 +64,9 @@ def cases(world_size: int) -> list[Case]:
         found += [Case("tp_usp", tp=4), Case("tp_usp", ulysses=4), Case("tp_usp", tp=2, ulysses=2)]
         found += [Case(name, tp=2, ring=2, layout=layout) for name in ("tp_usp", "odysseus") for layout in LAYOUTS]
         found += [Case("odysseus", ring=4)]
+        found += [Case("ulysses", ulysses=4, packed=True), Case("tp_usp", tp=2, ulysses=2, packed=True)]
+        found += [Case("ring", ring=4, layout=layout, kv="all_gather") for layout in LAYOUTS]
+        found += [Case("usp", ulysses=2, ring=2, packed=True, kv="all_gather", placement="ring_inner")]
         for stage in (0, 1, 2):
             found += [Case("zero", dp=4, zero_stage=stage), Case("usp", ulysses=2, ring=2, zero_stage=stage)]
             found += [Case(name, dp=2, tp=2, zero_stage=stage) for name in ("tp_sp", "odysseus")]

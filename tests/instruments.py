@@ -28,6 +28,7 @@ def train(
         OptimSection(),
         lambda name, shape: initial(name, shape, 0, "cpu"),
         dtypes=dtypes,
+        placement=case.placement,
         recompute=recompute,
     )
     tokens = torch.randint(0, config.vocab_size, (batch, seq_len + 1), generator=torch.Generator().manual_seed(0))

@@ -104,6 +104,7 @@ def build(case: Case, folder: str, dtypes=PRECISIONS["fp32"], kernel: str = "aut
         OptimSection(lr=1e-3, grad_clip=0.5),
         lambda name, _: checkpoint.tensor(name),
         dtypes=dtypes,
+        placement=case.placement,
     )
 
 

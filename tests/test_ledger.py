@@ -61,10 +61,15 @@ def block_form(case: Case, n_kv_heads: int, batch: int, seq_len: int, e: int) ->
     q, kv = tokens * d / tp * e, tokens * rho * g * k * e  # bytes of a rank's q, and of its k
     if u > 1:
         exchanged = (u - 1) / u * (2 * q + 2 * kv)
-        add("forward", "all_to_all", 4, exchanged)
-        add("backward", "all_to_all", 4, exchanged)
+        add("forward", "all_to_all", 2 if case.packed else 4, exchanged)
+        add("backward", "all_to_all", 2 if case.packed else 4, exchanged)
     if r > 1:
         hop = 2 * kv
+    if r > 1 and case.kv == "all_gather":
+        add("forward", "all_gather", 1, (r - 1) * hop)
+        add("backward", "all_gather", 1, (r - 1) * hop)
+        add("backward", "reduce_scatter", 1, (r - 1) * hop * E_GRAD / e)
+    elif r > 1:
         add("forward", "p2p", r - 1, (r - 1) * hop)
         add("backward", "p2p", 2 * (r - 1), (r - 1) * (hop + hop * E_GRAD / e))
     if tp > 1:  # replicated weights' gradients travel once a step for all blocks: no call of the block's own
@@ -106,15 +111,14 @@ def total(form: Form) -> float:
 
 @pytest.mark.parametrize("case", [case for case in CASES if 1 < case.world_size < 8 and case.zero_stage == 3], ids=str)
 def test_one_block_sends_what_the_papers_say(case: Case):
-    variations = [(8, 1, "fp32"), (4, 2, "bf16"), (2, 3, "fp32")] if case.layout == "zigzag" else [(4, 1, "fp32")]
+    variations = [(8, 1, "fp32"), (4, 2, "bf16"), (2, 3, "fp32")] if case in COSTED else [(2, 3, "fp32")]
     for n_kv_heads, batch, dtype in variations:
         expected = block_form(case, n_kv_heads, batch, 32, {"fp32": 4, "bf16": 2}[dtype])
         counted = on_ranks(case.world_size, counted_block, case, n_kv_heads, batch, 32, dtype)
         assert max(counted, key=total) == expected, f"{n_kv_heads} kv heads, batch {batch}, {dtype}"
 
 
-def counted_step(rank: int, config: dict) -> tuple[float, list[str]]:
-    case = Case(config["strategy"]["name"], **config["mesh"], layout=config["ring"]["layout"])
+def counted_step(rank: int, case: Case, config: dict) -> tuple[float, list[str]]:
     entries = instruments.ledger(
         case,
         config["model"],
@@ -128,7 +132,18 @@ def counted_step(rank: int, config: dict) -> tuple[float, list[str]]:
     return sum(round(entry["sent_bytes"]) for entry in entries), [entry["source"] for entry in entries]
 
 
-FOUR = [case for case in CASES if case.world_size == 4 and case.layout == "zigzag" and case.zero_stage == 3]
+COSTED = [
+    Case("zero", dp=4),
+    *(Case(name, tp=4) for name in ("tp", "tp_sp", "odysseus")),
+    Case("tp_sp", dp=2, tp=2),
+    Case("ulysses", ulysses=4, packed=True),
+    Case("ring", ring=4),
+    Case("ring", ring=4, kv="all_gather"),
+    Case("usp", ulysses=2, ring=2),
+    Case("tp_usp", tp=2, ulysses=2),
+    Case("tp_usp", tp=2, ring=2),
+    Case("odysseus", tp=2, ring=2),
+]
 VARIATIONS = {
     "plain": {},
     "recompute": {"recompute": "block"},
@@ -143,7 +158,7 @@ VARIATIONS = {
 
 
 @pytest.mark.parametrize("variation", VARIATIONS)
-@pytest.mark.parametrize("case", FOUR, ids=str)
+@pytest.mark.parametrize("case", COSTED, ids=str)
 def test_a_whole_step_sends_what_the_cost_table_says(case: Case, variation: str):
     change = VARIATIONS[variation]
     config = {
@@ -158,7 +173,7 @@ def test_a_whole_step_sends_what_the_cost_table_says(case: Case, variation: str)
         "recompute": change.get("recompute", "none"),
         "zero_stage": change.get("zero_stage", 3),
     }
-    sent, sources = max(on_ranks(4, counted_step, config))
+    sent, sources = max(on_ranks(4, counted_step, case, config))
     assert sent == pytest.approx(step_bytes(config), abs=4)  # uneven parts are rounded one by one
     assert set(sources) - {"harness"}, "no line of a strategy was found"
     for source in sources:

@@ -1,7 +1,7 @@
 """The mesh: world_size ranks along four named axes, and the groups that talk along each.
 
 Order, slowest first: dp, ring, ulysses, tp. Neighbours in tp and ulysses talk most, so they are the nearest ranks
-(USP paper, section 4: ulysses inside, ring outside).
+(USP paper, section 4: ulysses inside, ring outside); placement=ring_inner swaps these two.
 """
 
 import functools
@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-
-AXES = ("dp", "ring", "ulysses", "tp")
 
 
 @dataclass(frozen=True)
@@ -47,9 +45,12 @@ class Mesh:
     device: str = "cpu"
 
     @classmethod
-    def build(cls, device: str, dp: int = 1, ring: int = 1, ulysses: int = 1, tp: int = 1) -> "Mesh":
+    def build(
+        cls, device: str, dp: int = 1, ring: int = 1, ulysses: int = 1, tp: int = 1, placement: str = "ulysses_inner"
+    ) -> "Mesh":
         """Every rank calls this once, after init_process_group with dp * ring * ulysses * tp ranks."""
-        axes = axes_of(device, dict(zip(AXES, (dp, ring, ulysses, tp), strict=True)))
+        sp = {"ring": ring, "ulysses": ulysses} if placement == "ulysses_inner" else {"ulysses": ulysses, "ring": ring}
+        axes = axes_of(device, {"dp": dp, **sp, "tp": tp})
         zero = axes_of(device, {"zero": dp * ring * ulysses, "inside": tp})["zero"]
         return cls(**axes, zero=zero, device=device)
 

@@ -1,15 +1,22 @@
-"""Ring attention (Liu et al. 2023): queries stay, keys and values travel, and partial softmaxes are merged.
+"""Ring attention (Liu et al. 2023): queries stay, keys and values come by, and partial softmaxes are merged.
 
-Over P ranks, forward makes P - 1 hops of one buffer that holds k and v. Backward makes P - 1 hops of it again, and
-P - 1 hops of the gradients: they start on the rank after the owner, because the owner adds its own part at the end.
+How they come by is ring.kv. Over P ranks:
+
+    rotate       forward makes P - 1 hops of one buffer that holds k and v. Backward makes P - 1 hops of it again, and
+                 P - 1 hops of the gradients: they start on the rank after the owner, because the owner adds its own
+                 part at the end.
+    all_gather   all k and v are gathered at once, in backward again, and their gradients reduce-scattered (Llama 3,
+                 section 3.3.2): fewer messages, and memory for all keys.
 """
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from strategies.ops.collectives import Pending, shift
+from strategies.ops.collectives import Pending, shift, start_all_gather, start_reduce_scatter
 from strategies.ops.kernels import attend
 from strategies.ops.layouts import tiles
 from strategies.ops.mesh import Axis
@@ -17,59 +24,89 @@ from strategies.ops.mesh import Axis
 
 class RingAttention(Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, axis: Axis, layout: str, grad_dtype, kernel) -> Tensor:
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, axis: Axis, layout: str, kv: str, grad_dtype, kernel) -> Tensor:
         local_kv = torch.stack([k, v])  # [2, B, S_ring, G, K]: travels as one message
         out = lse = None
-        for source, kv in visiting(local_kv, axis):
+        for source, (k_block, v_block) in TRAVELS[kv](axis, grad_dtype).visits(local_kv):
             for tile in tiles(layout, axis.rank, source, q.shape[1]):
-                block = kernel.forward(q[:, tile.q], kv[0][:, tile.kv], kv[1][:, tile.kv], tile.causal)
+                block = kernel.forward(q[:, tile.q], k_block[:, tile.kv], v_block[:, tile.kv], tile.causal)
                 if out is None:  # the first block is our own, and covers all queries
                     out, lse = accumulator(block[0]), block[1]
                 else:
                     merge(out[:, tile.q], lse[:, :, tile.q], *block)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, local_kv, out, lse)
-        ctx.axis, ctx.layout, ctx.grad_dtype, ctx.kernel = axis, layout, grad_dtype, kernel
+        ctx.axis, ctx.layout, ctx.kv, ctx.grad_dtype, ctx.kernel = axis, layout, kv, grad_dtype, kernel
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         q, local_kv, out, lse = ctx.saved_tensors
-        axis = ctx.axis
         grad_q = accumulator(torch.zeros_like(q))
-        in_flight: Pending | None = None  # the gradient of the block that visits next, as far as others have it
-        for source, kv in visiting(local_kv, axis):
-            grad_kv = accumulator(torch.zeros_like(kv))  # of the block that visits now
-            for q_part, kv_part, causal in tiles(ctx.layout, axis.rank, source, q.shape[1]):
-                block_q, block_k, block_v = ctx.kernel.backward(
-                    grad[:, q_part],
-                    q[:, q_part],
-                    kv[0][:, kv_part],
-                    kv[1][:, kv_part],
-                    out[:, q_part],
-                    lse[:, :, q_part],
-                    causal,
-                )
-                grad_q[:, q_part] += block_q
-                grad_kv[0][:, kv_part] += block_k
-                grad_kv[1][:, kv_part] += block_v
-            if source == axis.rank:
-                grad_own = grad_kv
-                continue
-            if in_flight is not None:
-                grad_kv += in_flight.wait()
-            in_flight = shift(grad_kv.to(ctx.grad_dtype), axis)
-        grad_own += in_flight.wait()
-        grad_k, grad_v = grad_own.to(q.dtype)
-        return grad_q.to(q.dtype), grad_k, grad_v, None, None, None, None
+        travel = TRAVELS[ctx.kv](ctx.axis, ctx.grad_dtype)
+        for source, kv in travel.visits(local_kv):
+            grad_kv = accumulator(torch.zeros_like(kv))
+            for tile in tiles(ctx.layout, ctx.axis.rank, source, q.shape[1]):
+                k_block, v_block = kv[:, :, tile.kv]
+                here = (grad[:, tile.q], q[:, tile.q], k_block, v_block, out[:, tile.q], lse[:, :, tile.q])
+                block_q, block_k, block_v = ctx.kernel.backward(*here, tile.causal)
+                grad_q[:, tile.q] += block_q
+                grad_kv[0][:, tile.kv] += block_k
+                grad_kv[1][:, tile.kv] += block_v
+            travel.give(source, grad_kv)
+        grad_k, grad_v = travel.own_grad().to(q.dtype)
+        return grad_q.to(q.dtype), grad_k, grad_v, None, None, None, None, None
 
 
-def visiting(kv: Tensor, axis: Axis):
-    """Yield (source rank, its kv) for every rank of the ring, our own first, the next hop already in flight."""
-    for hop in range(axis.size):
-        arriving = shift(kv, axis) if hop + 1 < axis.size else None
-        yield (axis.rank - hop) % axis.size, kv
-        kv = arriving.wait() if arriving else None
+class Rotate:
+    """Blocks travel around the ring, and in backward their gradients behind them."""
+
+    def __init__(self, axis: Axis, grad_dtype: torch.dtype) -> None:
+        self.axis, self.grad_dtype = axis, grad_dtype
+        self.in_flight: Pending | None = None  # the gradient of the block that visits next, as far as others have it
+
+    def visits(self, kv: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(source rank, its kv) for every rank of the ring, our own first, the next hop already in flight."""
+        for hop in range(self.axis.size):
+            arriving = shift(kv, self.axis) if hop + 1 < self.axis.size else None
+            yield (self.axis.rank - hop) % self.axis.size, kv
+            kv = arriving.wait() if arriving else None
+
+    def give(self, source: int, grad_kv: Tensor) -> None:
+        """Our part of the gradient of the block that is visiting."""
+        if source == self.axis.rank:
+            self.own = grad_kv
+            return
+        if self.in_flight is not None:
+            grad_kv += self.in_flight.wait()
+        self.in_flight = shift(grad_kv.to(self.grad_dtype), self.axis)
+
+    def own_grad(self) -> Tensor:
+        return self.own.add_(self.in_flight.wait())
+
+
+class Gather:
+    """All blocks are gathered at once."""
+
+    def __init__(self, axis: Axis, grad_dtype: torch.dtype) -> None:
+        self.axis, self.grad_dtype = axis, grad_dtype
+        self.grads: dict[int, Tensor] = {}
+
+    def visits(self, kv: Tensor) -> Iterator[tuple[int, Tensor]]:
+        blocks = start_all_gather(kv[None], 0, self.axis).wait()
+        for hop in range(self.axis.size):
+            source = (self.axis.rank - hop) % self.axis.size
+            yield source, blocks[source]
+
+    def give(self, source: int, grad_kv: Tensor) -> None:
+        self.grads[source] = grad_kv.to(self.grad_dtype)
+
+    def own_grad(self) -> Tensor:
+        grads = torch.stack([self.grads[source] for source in range(self.axis.size)])
+        return start_reduce_scatter(grads, 0, self.axis).wait()[0]
+
+
+TRAVELS = {"rotate": Rotate, "all_gather": Gather}
 
 
 def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
@@ -96,4 +133,4 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, axis: Axis, options) -> Tens
     if axis.size == 1:
         return attend(q, k, v, options.kernel)
     travels = k.dtype if options.ring_grad_dtype == "same" else torch.promote_types(k.dtype, torch.float32)
-    return RingAttention.apply(q, k, v, axis, options.ring_layout, travels, options.kernel)
+    return RingAttention.apply(q, k, v, axis, options.ring_layout, options.ring_kv, travels, options.kernel)
