@@ -14,10 +14,10 @@ from strategies.ops.kernels import pick_kernel
 from tests.cases import Case
 
 
-def train(
+def build(
     case: Case, sizes: dict, batch: int, seq_len: int, dtype: str = "fp32", recompute: bool = False, **options
 ) -> tuple[Training, object]:
-    """A Training that has made a step, and its batch."""
+    """A Training of a small random model, and a batch."""
     config = ModelConfig(**sizes)
     dtypes = PRECISIONS[dtype]
     training = Training(
@@ -32,7 +32,12 @@ def train(
         recompute=recompute,
     )
     tokens = torch.randint(0, config.vocab_size, (batch, seq_len + 1), generator=torch.Generator().manual_seed(0))
-    placed = training.place(tokens[:, :-1], tokens[:, 1:])
+    return training, training.place(tokens[:, :-1], tokens[:, 1:])
+
+
+def train(*args, **options) -> tuple[Training, object]:
+    """The same after a first step: gradients and optimizer state are there."""
+    training, placed = build(*args, **options)
     training.backward(training.forward(placed))
     training.update()
     return training, placed
@@ -40,7 +45,7 @@ def train(
 
 def ledger(case: Case, sizes: dict, batch: int, seq_len: int, dtype: str = "fp32", *args, **options) -> list[dict]:
     """The lines of comm.csv of one step, on this rank."""
-    book, _ = count(*train(case, sizes, batch, seq_len, dtype, *args, **options))
+    book, _ = count(*build(case, sizes, batch, seq_len, dtype, *args, **options))
     return [asdict(entry) for entry in book.entries.values()]
 
 

@@ -109,7 +109,7 @@ def total(form: Form) -> float:
     return sum(sent for _, sent in form.values())
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if 1 < case.world_size < 8 and case.zero_stage == 3], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.world_size == 4 and case.zero_stage == 3], ids=str)
 def test_one_block_sends_what_the_papers_say(case: Case):
     variations = [(8, 1, "fp32"), (4, 2, "bf16"), (2, 3, "fp32")] if case in COSTED else [(2, 3, "fp32")]
     for n_kv_heads, batch, dtype in variations:

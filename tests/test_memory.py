@@ -108,7 +108,7 @@ def test_the_log_agrees_with_the_allocator():
     assert log == pytest.approx(allocator, rel=0.01)
 
 
-@pytest.mark.parametrize("case", SPLIT, ids=str)
+@pytest.mark.parametrize("case", SPLIT[:5], ids=str)
 def test_the_log_misses_only_what_gloo_stages_itself(case: Case):
     """gloo gathers through a buffer of its own, as large as the result, that no dispatcher sees."""
     d, f = SIZES["dim"], SIZES["ffn_dim"]

@@ -60,7 +60,7 @@ def result_in(rank: int, case: Case, folder: str, dtype: torch.dtype) -> referen
     return reference.run_case(training, *batches()[0])
 
 
-@pytest.mark.parametrize("case", [case for case in FOUR if case.zero_stage == 3], ids=str)
+@pytest.mark.parametrize("case", [case for case in FOUR if case.zero_stage == 3 and case.dp in (1, 4)], ids=str)
 def test_bf16_is_no_more_than_twice_as_far_from_fp64_as_one_process(case: Case, checkpoints):
     folder = checkpoints["gqa"]
     oracle = result_in(0, Case("single"), folder, torch.float64)
