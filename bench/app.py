@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -124,25 +125,31 @@ def run_one(job: Job) -> dict:
 
 
 def run_all(jobs: list[Job]) -> list[dict]:
-    """Run a sweep's jobs one after the other, with a line each: which, how many are left, about how long."""
-    start_server()
+    """Run a sweep's jobs one after the other, and print the table. Ctrl-C leaves every finished row on disk."""
     rows: list[dict] = []
+    try:
+        start_server()
+        for row in run_each(jobs):
+            rows.append(row)
+    except KeyboardInterrupt:
+        console.print(f"interrupted: {len(rows)} of {len(jobs)} rows are in {RUNS / jobs[0].config['name']}; ", end="")
+        console.print("the same command again goes on from there")
+        sys.exit(130)
+    print_table(rows, jobs[0].config["name"])
+    return rows
+
+
+def run_each(jobs: list[Job]) -> Iterator[dict]:
+    """The jobs' rows as they come, with a line each: which runs, how many are left, about how long."""
     spent: list[float] = []
     for i, job in enumerate(jobs):
         left = f", about {sum(spent) / len(spent) * (len(jobs) - i):.0f} s left" if spent else ""
         place = f"[{i + 1}/{len(jobs)}{left}] "
         started = time.monotonic()
-        try:
-            row = run(job, job.config["rerun"], place)
-        except KeyboardInterrupt:
-            console.print(f"interrupted: {len(rows)} of {len(jobs)} rows are in {RUNS / job.config['name']}; ", end="")
-            console.print("the same command again goes on from there")
-            sys.exit(130)
+        row = run(job, job.config["rerun"], place)
         if not row.get("kept"):
             spent.append(time.monotonic() - started)
         launched = row["status"] != "invalid" and not row.get("kept")
         said = "    → " if launched and not console.is_terminal else f"{place}{title(row)} · "
         console.print(f"{said}{outcome_line(row)}", style=None if row["status"] == "ok" else "red")
-        rows.append(row)
-    print_table(rows, jobs[0].config["name"])
-    return rows
+        yield row
