@@ -1,8 +1,12 @@
 import pytest
+from hypothesis import settings
 
 from tests.cases import HEADS
 from tests.ranks import pools
 from tests.reference import make_checkpoint
+
+settings.register_profile("same every time", derandomize=True, deadline=None)
+settings.load_profile("same every time")
 
 
 @pytest.fixture(scope="session")
