@@ -71,6 +71,9 @@ def fill_model(config: dict) -> None:
             for key, value in read_config(model["path"]).items():
                 if model[key] is None:
                     model[key] = value
+        for key in POSITIVE_SIZES:
+            if model[key] is not None and model[key] < 1:
+                raise Invalid(f"model.{key}={model[key]} must be at least 1")
         if model["head_dim"] is None:
             if model["dim"] % model["n_heads"]:
                 below, above = around(model["dim"], lambda d: d % model["n_heads"] == 0)
@@ -79,9 +82,6 @@ def fill_model(config: dict) -> None:
                     f"is null; {either(below, above)} would do"
                 )
             model["head_dim"] = model["dim"] // model["n_heads"]
-        for key in POSITIVE_SIZES:
-            if model[key] < 1:
-                raise Invalid(f"model.{key}={model[key]} must be at least 1")
         if model["head_dim"] % 2:
             raise Invalid(
                 f"model.head_dim={model['head_dim']} must be even: rotary embedding pairs dims; "

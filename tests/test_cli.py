@@ -28,6 +28,7 @@ WRONG = {  # overrides -> what the one sentence says
     "strategy=usp mesh.ring=2 mesh.ulysses=2 mesh.dp=1": "world_size=2 is not mesh.dp * mesh.ulysses * mesh.ring = 4",
     "strategy=single world_size=2": "world_size=2 must be 1 for single; 1 would do",
     "model.n_heads=6": "model.dim=128 is no multiple of model.n_heads=6 and model.head_dim is null; 126 or 132",
+    "model.n_heads=0": "model.n_heads=0 must be at least 1",
     "model.n_kv_heads=3": "model.n_kv_heads=3 must divide model.n_heads=8; 2 or 4 would do",
     "model.head_dim=15": "model.head_dim=15 must be even",
     "precision=fp8": "precision=fp8 is not one of fp32, bf16, bf16_mixed",

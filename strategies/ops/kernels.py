@@ -125,9 +125,6 @@ def heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple((t if t.stride(-1) == 1 else t.contiguous()).transpose(1, 2) for t in tensors)
 
 
-KERNELS = ("auto", "flash_attn", "sdpa", "math")
-
-
 def pick_kernel(name: str, device: str, dtype: torch.dtype, head_dim: int):
     """The kernel called `name`; `auto` is the fastest that runs on this device, dtype and head_dim.
 

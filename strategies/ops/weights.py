@@ -206,14 +206,13 @@ def whole_parameters(model: nn.Module, shapes: dict[str, torch.Size]) -> Iterato
 
 def trained(model: nn.Module) -> Iterator[tuple[Tensor, Tensor, Share, int]]:
     """What this rank's optimizer updates: weights, their gradient, their share, and how many ranks update the same."""
-    ranks = model.ranks
     for replicas in model.replicas:
         ways = replicas.share.ways * (replicas.axis.size if replicas.stage == 1 else 1)
-        yield *replicas.trained(), replicas.share, ranks // ways
+        yield *replicas.trained(), replicas.share, model.ranks // ways
     for _, parameter, share in owned(model):
         if not share.replicas:
             ways = share.ways * (parameter.device_mesh.size() if isinstance(parameter, DTensor) else 1)
-            yield local(parameter.detach()), local(parameter.grad), share, ranks // ways
+            yield local(parameter.detach()), local(parameter.grad), share, model.ranks // ways
 
 
 def finish_gradients(model: nn.Module) -> None:
