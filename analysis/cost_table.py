@@ -32,12 +32,16 @@ class Step:
         self.e_weight, self.e = BYTES[c["precision"]]
         self.e_grad_kv = WIDE if c["ring"]["grad_dtype"] == "fp32" else self.e
         self.passes = 2 if c["recompute"] == "block" else 1  # forwards of what a block keeps nothing of
+        self.mlp_passes = 2 if c["mlp"]["chunks"] > 1 else 1
+        self.loss_passes = 2 if c["loss"]["chunks"] > 1 else 1
         self.stage = c["zero_stage"]
         sequences = max(1, ceil(c["batch_size"] / self.dp))
         self.tokens = sequences * c["seq_len"] / (self.u * self.r)  # that a tp group sees, between the attentions
         self.q, self.kv = self.d_q / self.tp, max(self.d_k / self.tp, self.head_dim)  # a rank's part of a token's q, k
         self.rho = max(1, self.u / max(1, self.n_kv_heads / self.tp))  # copies of a kv head that ulysses needs
         self.grad_shards = self.dp * self.u * self.r if self.stage else 1  # once reduced, where ZeRO shards them
+        here = c["seq_len"] // (self.u * self.r * self.tp)
+        self.last_chunk = ((here - 1) % ceil(here / c["mlp"]["chunks"]) + 1) / here  # its part of an MLP's tokens
         self.world = self.dp * self.tp * self.u * self.r
 
     def zero(self, shapes: list[tuple[int, ...]], ranks: int) -> float:
@@ -78,7 +82,7 @@ def zero(s: Step) -> float:
 
 def vocab_loss(s: Step) -> float:
     """AR of three fp32 numbers a token: its highest logit, its sum of exponentials, its label's logit."""
-    return 2 * f(s.tp) * 3 * s.tokens * WIDE
+    return s.loss_passes * 2 * f(s.tp) * 3 * s.tokens * WIDE
 
 
 def shared_kv_heads(s: Step) -> float:
@@ -100,13 +104,19 @@ def tp(s: Step) -> float:
 
 
 def tp_sp_ends(s: Step) -> float:
-    """RS and AG of the embeddings, 2 AG and RS at the head."""
-    return f(s.tp) * s.tokens * s.d * 5 * s.e + vocab_loss(s)
+    """RS and AG of the embeddings, 2 AG and RS at the head; in chunks, one AG more."""
+    return f(s.tp) * s.tokens * s.d * (4 + s.loss_passes) * s.e + vocab_loss(s)
 
 
 def tp_sp(s: Step) -> float:
-    """A block: 6 AG(D) + 4 RS(D); recomputed, 2 AG and the RS that attention ends with once more."""
-    block = (10 + 3 * (s.passes - 1)) * f(s.tp) * s.tokens * s.d * s.e
+    """A block: 6 AG(D) + 4 RS(D).
+
+    Recomputed, the AG and RS of attention once more, and the AG of the MLP. An MLP in chunks repeats its AG by itself,
+    and leaves to the block's recomputation the AG and RS of all chunks but the last, which the others' inputs need not.
+    """
+    again = s.passes - 1
+    mlp_again = again if s.mlp_passes == 1 else 1 + again * 2 * (1 - s.last_chunk)
+    block = (10 + 2 * again + mlp_again) * f(s.tp) * s.tokens * s.d * s.e
     return s.layers * block + tp_sp_ends(s) + norms(s) + shared_kv_heads(s) + s.zero_model()
 
 

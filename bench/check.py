@@ -23,7 +23,7 @@ CHOICES = {
     "attention.kernel": ("auto", "flash_attn", "sdpa", "math"),
     "rerun": ("none", "failed", "all"),
 }
-AT_LEAST = {"world_size": 1, "seq_len": 1, "batch_size": 1, "steps": 1, "warmup": 0}
+AT_LEAST = {"world_size": 1, "seq_len": 1, "batch_size": 1, "steps": 1, "warmup": 0, "mlp.chunks": 1, "loss.chunks": 1}
 POSITIVE_SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size")
 
 
@@ -48,17 +48,22 @@ def check_choices(config: dict) -> None:
     from strategies import STRATEGIES
 
     for key, allowed in {"strategy.name": tuple(STRATEGIES), **CHOICES}.items():
-        section, _, leaf = key.rpartition(".")
-        value = (config[section] if section else config)[leaf]
+        value = value_of(config, key)
         if value not in allowed:
             written = [str(a) for a in allowed]
             hint = did_you_mean(str(value), written)
             raise Invalid(f"{key.removesuffix('.name')}={value} is not one of {', '.join(written)}{hint}")
     for key, least in AT_LEAST.items():
-        if config[key] < least:
-            raise Invalid(f"{key}={config[key]} must be at least {least}")
+        if (value := value_of(config, key)) < least:
+            raise Invalid(f"{key}={value} must be at least {least}")
     if config["timeout_s"] <= 0:
         raise Invalid(f"timeout_s={config['timeout_s']} must be more than 0")
+
+
+def value_of(config: dict, key: str):
+    """The value of a key as written on the command line."""
+    section, _, leaf = key.rpartition(".")
+    return (config[section] if section else config)[leaf]
 
 
 def fill_model(config: dict) -> None:
@@ -118,6 +123,8 @@ def fill_mesh(config: dict) -> None:
             raise Invalid(f"mesh.{axis}={mesh[axis]} must be at least 1")
         if axis not in has and (mesh[axis] or 1) > 1:
             raise Invalid(f"mesh.{axis}={mesh[axis]}: strategy {name} has no {axis} axis, only {' and '.join(has)}")
+    if "ring" in strategy.axes and mesh["ulysses"] is not None:
+        check_context_parallel(world_size, mesh)
     given = {axis: degree for axis, degree in mesh.items() if degree is not None}
     product = math.prod(given.values())
     left_open = [axis for axis in strategy.axes if mesh[axis] is None]
@@ -138,6 +145,18 @@ def fill_mesh(config: dict) -> None:
         if not rule.fits(rule.value):
             below, above = around(rule.value, rule.fits)
             raise Invalid(f"{rule.key}={rule.value} {rule.why}; {either(below, above)} would do")
+
+
+def check_context_parallel(world_size: int, mesh: dict) -> None:
+    """Ulysses' ranks are a part of the context-parallel ranks, and the ring's are the rest (MindSpeed's rule)."""
+    outside = (mesh["dp"] or 1) * (mesh["tp"] or 1)
+    context_parallel, ulysses = world_size // outside, mesh["ulysses"]
+    if mesh["ring"] is None and world_size % outside == 0 and context_parallel % ulysses:
+        below, above = around(ulysses, lambda u: context_parallel % u == 0)
+        raise Invalid(
+            f"the context-parallel size, world_size / (mesh.dp * mesh.tp) = {context_parallel}, must be divisible by "
+            f"mesh.ulysses={ulysses}; {either(below, above)} would do"
+        )
 
 
 def check_batch(config: dict) -> None:

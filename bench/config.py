@@ -78,6 +78,11 @@ class AttentionSection:
 
 
 @dataclass
+class ChunksSection:
+    chunks: int = 1  # pieces of a rank's tokens, one after the other
+
+
+@dataclass
 class OptimSection:
     """AdamW (Loshchilov and Hutter 2019) on every parameter; grad_clip null = off."""
 
@@ -99,6 +104,8 @@ class Config:
     ring: RingSection = field(default_factory=RingSection)
     ulysses: UlyssesSection = field(default_factory=UlyssesSection)
     attention: AttentionSection = field(default_factory=AttentionSection)
+    mlp: ChunksSection = field(default_factory=ChunksSection)
+    loss: ChunksSection = field(default_factory=ChunksSection)
     optim: OptimSection = field(default_factory=OptimSection)
     world_size: int = 4
     placement: str = "ulysses_inner"

@@ -52,13 +52,16 @@ class Training:
         device: str = "cpu",
         dtypes: tuple[torch.dtype, torch.dtype] = PRECISIONS["fp32"],
         recompute: bool = False,
+        mlp_chunks: int = 1,
+        loss_chunks: int = 1,
         placement: str = "ulysses_inner",
     ) -> None:
         weights_dtype, compute_dtype = dtypes
         self.mesh = Mesh.build(device, **degrees, placement=placement)
         self.strategy = STRATEGIES[strategy](self.mesh, options)
         with torch.device("meta"):
-            self.model = Llama(config, self.strategy, compute_dtype, recompute).to(weights_dtype)
+            model = Llama(config, self.strategy, compute_dtype, recompute, mlp_chunks, loss_chunks)
+        self.model = model.to(weights_dtype)
         self.shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
         self.strategy.shard(self.model)
         materialize(self.model, device, lambda name: whole(name, self.shapes[name]))

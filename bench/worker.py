@@ -152,6 +152,8 @@ def build(config: dict) -> tuple[Training, data.RandomTokens | data.StoredTokens
         config["device"],
         dtypes,
         recompute=config["recompute"] == "block",
+        mlp_chunks=config["mlp"]["chunks"],
+        loss_chunks=config["loss"]["chunks"],
         placement=config["placement"],
     )
     source = data.load(

@@ -10,6 +10,7 @@ Sources: Touvron et al. 2023 (Llama 2), Grattafiori et al. 2024 (Llama 3), Su et
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -69,8 +70,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, chunks: int) -> None:
         super().__init__()
+        self.chunks = chunks
         self.gate = Linear(config.dim, config.ffn_dim)
         self.up = Linear(config.dim, config.ffn_dim)
         self.down = Linear(config.ffn_dim, config.dim)
@@ -85,18 +87,27 @@ class MLP(nn.Module):
         return self.down(F.silu(gate) * up)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.output(self.project(x))
+        return self.tiled(lambda part: self.output(self.project(part)), x)
+
+    def tiled(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """function(x) over chunks of the tokens, each run again in backward: no [B, S, F] ever exists whole.
+
+        ALST's TiledMLP (Bekman et al. 2025, section 3.1).
+        """
+        if self.chunks == 1:
+            return function(x)
+        return torch.cat([checkpoint(function, part, use_reentrant=False) for part in chunked(x, self.chunks)], dim=1)
 
 
 class Block(nn.Module):
     """One pre-norm transformer block: two residual additions, both sublayers run by the strategy."""
 
-    def __init__(self, config: ModelConfig, strategy, recompute: bool) -> None:
+    def __init__(self, config: ModelConfig, strategy, recompute: bool, mlp_chunks: int) -> None:
         super().__init__()
         self.attn_norm = RMSNorm(config.dim, config.norm_eps)
         self.attn = Attention(config)
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, mlp_chunks)
         self.strategy = strategy
         self.recompute = recompute
 
@@ -123,32 +134,50 @@ class Embed(nn.Module):
 
 
 class Head(nn.Module):
-    """The last norm, the logits and their loss."""
+    """The last norm, the logits and their loss: in `chunks` of the tokens, so that logits never exist whole."""
 
-    def __init__(self, config: ModelConfig, strategy) -> None:
+    def __init__(self, config: ModelConfig, strategy, chunks: int) -> None:
         super().__init__()
+        self.chunks = chunks
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.linear = Linear(config.dim, config.vocab_size)
         self.strategy = strategy
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        return self.strategy.loss(self.linear, self.norm(x), labels)
+        x = self.norm(x)
+        if self.chunks == 1:
+            return self.strategy.loss(self.linear, x, labels)
+        # A strategy may gather x over ranks: labels then hold their tokens too, one rank's after the other's.
+        labels = labels.unflatten(1, (-1, x.shape[1])).movedim(1, 2)  # [B, S_local, ranks]
+        return sum(
+            checkpoint(self.strategy.loss, self.linear, part, its.movedim(2, 1).flatten(1), use_reentrant=False)
+            for part, its in zip(chunked(x, self.chunks), chunked(labels, self.chunks), strict=True)
+        )
 
 
 class Llama(nn.Module):
     """The model on the tokens that this process owns.
 
     `strategy` answers what involves other ranks; `dtype` is the dtype of the activations (and of the weights as they
-    are used); with `recompute` each block keeps its input only and runs again in backward.
+    are used); with `recompute` each block keeps its input only and runs again in backward. The MLPs and the loss run in
+    `mlp_chunks` and `loss_chunks` pieces of the tokens that are here, one after the other.
     """
 
-    def __init__(self, config: ModelConfig, strategy, dtype: torch.dtype, recompute: bool = False) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        strategy,
+        dtype: torch.dtype,
+        recompute: bool = False,
+        mlp_chunks: int = 1,
+        loss_chunks: int = 1,
+    ) -> None:
         super().__init__()
         self.config = config
         self.dtype = dtype
         self.embed = Embed(config, strategy)
-        self.blocks = nn.ModuleList(Block(config, strategy, recompute) for _ in range(config.n_layers))
-        self.head = Head(config, strategy)
+        self.blocks = nn.ModuleList(Block(config, strategy, recompute, mlp_chunks) for _ in range(config.n_layers))
+        self.head = Head(config, strategy, loss_chunks)
         self.tie()
 
     def tie(self) -> None:
@@ -166,6 +195,11 @@ class Llama(nn.Module):
         for block in self.blocks:
             x = block(x, rope)
         return self.head(x, labels)
+
+
+def chunked(x: Tensor, chunks: int) -> tuple[Tensor, ...]:
+    """[B, S, ..] in at most `chunks` pieces of equally many tokens, the last one maybe shorter."""
+    return x.split(-(-x.shape[1] // chunks), dim=1)
 
 
 def rope_tables(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

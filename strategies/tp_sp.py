@@ -40,8 +40,11 @@ class TPSP(TP):
         return reduce_scatter(attn.output(out), SEQUENCE, self.tp)  # {[B, S, D]} -> [B, S_tp, D]
 
     def mlp(self, mlp: nn.Module, x: Tensor) -> Tensor:
-        projected = gathered_linear(x, [mlp.gate, mlp.up], self.tp)  # [B, S_tp, D] -> [B, S, F_tp]
-        return reduce_scatter(mlp.output(projected), SEQUENCE, self.tp)  # {[B, S, D]} -> [B, S_tp, D]
+        def columns(x: Tensor) -> Tensor:
+            projected = gathered_linear(x, [mlp.gate, mlp.up], self.tp)  # [B, S_tp, D] -> [B, S, F_tp]
+            return reduce_scatter(mlp.output(projected), SEQUENCE, self.tp)  # {[B, S, D]} -> [B, S_tp, D]
+
+        return mlp.tiled(columns, x)
 
     def embed(self, embedding: nn.Embedding, tokens: Tensor) -> Tensor:
         rows = vocab_embedding(embedding, self.vocab_size, tokens, self.tp, self.options.compute_dtype)

@@ -40,7 +40,7 @@ class TPUSP(TPSP):
     @classmethod
     def rules(cls, shape: Shape) -> list[Rule]:
         degree = shape.degrees["tp"] * shape.degrees["ulysses"]
-        return [heads_rule("mesh.tp * mesh.ulysses", degree, shape), sequence_rule(shape)]
+        return [heads_rule("mesh.ulysses * mesh.tp", degree, shape), sequence_rule(shape)]
 
     def split(self, tokens: Tensor) -> Tensor:
         around = ring_split(tokens, SEQUENCE, self.options.ring_layout, self.ring)

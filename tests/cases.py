@@ -20,6 +20,9 @@ class Case:
     packed: bool = False
     kv: str = "rotate"
     placement: str = "ulysses_inner"
+    recompute: bool = False
+    mlp_chunks: int = 1
+    loss_chunks: int = 1
 
     @property
     def options(self) -> dict:
@@ -29,6 +32,16 @@ class Case:
             "ring_kv": self.kv,
             "ulysses_packed": self.packed,
             "zero_stage": self.zero_stage,
+        }
+
+    @property
+    def model(self) -> dict:
+        """How the model runs, as Training is told."""
+        return {
+            "recompute": self.recompute,
+            "mlp_chunks": self.mlp_chunks,
+            "loss_chunks": self.loss_chunks,
+            "placement": self.placement,
         }
 
     @property
@@ -43,7 +56,9 @@ class Case:
         axes = " ".join(f"{axis}{size}" for axis, size in self.degrees.items() if size > 1)
         layout = self.layout if self.ring > 1 else ""
         stage = f"stage{self.zero_stage}" if self.zero_stage < 3 else ""
+        chunks = f"chunks {self.mlp_chunks},{self.loss_chunks}" if max(self.mlp_chunks, self.loss_chunks) > 1 else ""
         variant = ("packed" if self.packed else "", self.kv.removeprefix("rotate"))
+        variant = (*variant, "recompute" if self.recompute else "", chunks)
         inner = self.placement.removeprefix("ulysses_inner")
         return " ".join(part for part in (self.strategy, axes, layout, stage, *variant, inner) if part)
 
@@ -70,6 +85,13 @@ def cases(world_size: int) -> list[Case]:
         for stage in (0, 1, 2):
             found += [Case("zero", dp=4, zero_stage=stage), Case("usp", ulysses=2, ring=2, zero_stage=stage)]
             found += [Case(name, dp=2, tp=2, zero_stage=stage) for name in ("tp_sp", "odysseus")]
+        chunks = {"mlp_chunks": 2, "loss_chunks": 3}
+        found += [Case("zero", dp=4, **chunks), Case("ulysses", ulysses=4, **chunks)]
+        found += [Case(name, tp=4, **chunks) for name in ("tp", "tp_sp", "odysseus")]
+        found += [Case("tp_sp", tp=4, recompute=True), Case("ring", ring=4, recompute=True)]
+        chunks = {"recompute": True, "mlp_chunks": 3, "loss_chunks": 2}
+        found += [Case(name, tp=4, **chunks) for name in ("tp", "tp_sp", "odysseus")]
+        found += [Case("usp", ulysses=2, ring=2, **chunks), Case("tp_usp", tp=2, ulysses=2, **chunks)]
     if n == 8:
         found += [Case("tp_usp", tp=2, ulysses=2, ring=2, layout=layout) for layout in LAYOUTS]
         found += [Case("usp", dp=2, ulysses=2, ring=2), Case("odysseus", dp=2, tp=2, ring=2)]

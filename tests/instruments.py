@@ -14,9 +14,7 @@ from strategies.ops.kernels import pick_kernel
 from tests.cases import Case
 
 
-def build(
-    case: Case, sizes: dict, batch: int, seq_len: int, dtype: str = "fp32", recompute: bool = False, **options
-) -> tuple[Training, object]:
+def build(case: Case, sizes: dict, batch: int, seq_len: int, dtype: str = "fp32", **options) -> tuple[Training, object]:
     """A Training of a small random model, and a batch."""
     config = ModelConfig(**sizes)
     dtypes = PRECISIONS[dtype]
@@ -28,30 +26,27 @@ def build(
         OptimSection(),
         lambda name, shape: initial(name, shape, 0, "cpu"),
         dtypes=dtypes,
-        placement=case.placement,
-        recompute=recompute,
+        **case.model,
     )
     tokens = torch.randint(0, config.vocab_size, (batch, seq_len + 1), generator=torch.Generator().manual_seed(0))
     return training, training.place(tokens[:, :-1], tokens[:, 1:])
 
 
-def train(*args, **options) -> tuple[Training, object]:
+def train(*args) -> tuple[Training, object]:
     """The same after a first step: gradients and optimizer state are there."""
-    training, placed = build(*args, **options)
+    training, placed = build(*args)
     training.backward(training.forward(placed))
     training.update()
     return training, placed
 
 
-def ledger(case: Case, sizes: dict, batch: int, seq_len: int, dtype: str = "fp32", *args, **options) -> list[dict]:
+def ledger(case: Case, sizes: dict, batch: int, seq_len: int, dtype: str = "fp32", **options) -> list[dict]:
     """The lines of comm.csv of one step, on this rank."""
-    book, _ = count(*build(case, sizes, batch, seq_len, dtype, *args, **options))
+    book, _ = count(*build(case, sizes, batch, seq_len, dtype, **options))
     return [asdict(entry) for entry in book.entries.values()]
 
 
-def peak(
-    rank: int, case: Case, sizes: dict, batch: int, seq_len: int, recompute: bool = False, zero_stage: int = 3
-) -> Peak:
+def peak(rank: int, case: Case, sizes: dict, batch: int, seq_len: int) -> Peak:
     """The memory log's peak of one step, on this rank."""
-    training, placed = train(case, sizes, batch, seq_len, recompute=recompute, zero_stage=zero_stage)
+    training, placed = train(case, sizes, batch, seq_len)
     return Peak(**log_memory(training, placed, "cpu"))

@@ -40,7 +40,7 @@ trained = {}
 
 def prepare(rank: int, case: Case) -> float:
     """Train one step, count another, keep the state for more -> bytes in this rank's ledger."""
-    trained[case] = instruments.train(case, SIZES, batch=2, seq_len=256)
+    trained[case] = instruments.train(case, SIZES, 2, 256)
     book, _ = instruments.count(*trained[case])
     return sum(entry.sent_bytes for entry in book.entries.values())
 

@@ -104,7 +104,7 @@ def build(case: Case, folder: str, dtypes=PRECISIONS["fp32"], kernel: str = "aut
         OptimSection(lr=1e-3, grad_clip=0.5),
         lambda name, _: checkpoint.tensor(name),
         dtypes=dtypes,
-        placement=case.placement,
+        **case.model,
     )
 
 
@@ -115,7 +115,7 @@ def run_case(training: Training, tokens: Tensor, labels: Tensor) -> Result | Non
         loss = training.forward(batch)
     training.backward(loss)
     (total,) = training.global_loss(loss.detach()[None])
-    parts = {**gradients(training), "logits": whole_logits(training, batch, recorded[0].detach(), tokens.shape)}
+    parts = {**gradients(training), "logits": whole_logits(training, batch, recorded, tokens.shape)}
     grads = together(parts)
     return Result(total, grads.pop("logits"), grads) if rank() == 0 else None
 
@@ -166,13 +166,17 @@ def gradients(training: Training) -> dict[str, Tensor]:
     return grads
 
 
-def whole_logits(training: Training, batch: Batch, logits: Tensor, shape: torch.Size) -> Tensor:
-    """[B, S, V], of which this rank has rows (dp), tokens (positions) and a part of the vocabulary (tp)."""
+def whole_logits(training: Training, batch: Batch, recorded: list[Tensor], shape: torch.Size) -> Tensor:
+    """[B, S, V], of which this rank has rows (dp), tokens (positions) and a part of the vocabulary (tp).
+
+    recorded: a chunk of tokens each; where they were gathered over tp, each rank's part of the chunk.
+    """
+    gathered = training.mesh.tp.size if isinstance(training.strategy, tp_sp.TPSP) else 1
+    mine = torch.cat([part.detach().unflatten(1, (gathered, -1)) for part in recorded], dim=2).flatten(1, 2)
     vocab_size = training.model.config.vocab_size
-    whole = torch.full((*shape, vocab_size), float("-inf"), dtype=logits.dtype)
+    whole = torch.full((*shape, vocab_size), float("-inf"), dtype=mine.dtype)
     rows = slice(*training.mesh.dp.span(shape[0]))
     columns = slice(*training.mesh.tp.span(vocab_size))
-    mine = logits.unflatten(0, (-1, len(batch.positions))) if logits.dim() == 2 else logits
     if rows.start < rows.stop:
         whole[rows, batch.positions, columns] = mine
     return whole

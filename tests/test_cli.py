@@ -24,6 +24,9 @@ WRONG = {  # overrides -> what the one sentence says
     "strategy=tp world_size=3": "mesh.tp=3 must divide model.n_heads = 8",
     "strategy=ulysses world_size=16": "8 would do",
     "strategy=ulysses mesh.tp=2": "mesh.tp=2: strategy ulysses has no tp axis, only dp and ulysses",
+    "strategy=tp_usp world_size=12 mesh.tp=2 mesh.ulysses=4": "the context-parallel size, world_size / (mesh.dp * "
+    "mesh.tp) = 6, must be divisible by mesh.ulysses=4; 3 or 6 would do",
+    "strategy=tp_usp world_size=16 mesh.tp=4 mesh.ulysses=4": "mesh.ulysses * mesh.tp=16 must divide model.n_heads = 8",
     "strategy=usp mesh.ring=3": "world_size=2 is no multiple of mesh.ring = 3; 3 would do",
     "strategy=usp mesh.ring=2 mesh.ulysses=2 mesh.dp=1": "world_size=2 is not mesh.dp * mesh.ulysses * mesh.ring = 4",
     "strategy=single world_size=2": "world_size=2 must be 1 for single; 1 would do",

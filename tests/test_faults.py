@@ -105,7 +105,14 @@ def test_the_end_of_the_sweep_leaves_its_rows_and_no_process(end, tmp_path):
     command = [sys.executable, "-m", "bench", "-m", "name=cut", "world_size=2", "seq_len=64", "steps=2"]
     command += ["strategy=single,tp,ulysses,ring,zero", "batch_size=1,2,3"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    sweep = subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True, stdout=subprocess.PIPE)
+    sweep = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     results = tmp_path / "runs" / "cut" / "results.csv"
     deadline = time.monotonic() + 60
     while not results.exists() or len(results.read_text().splitlines()) < 5:  # three invalid (single), one measured

@@ -1,6 +1,7 @@
 """Saved activations and state are 1/N where the card says so, and the log agrees with the allocator."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ STAGES = {0: {}, 1: {"optimizer"}, 2: {"params", "grads", "optimizer"}, 3: {"par
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("case", [Case("zero", dp=N), Case("usp", ulysses=2, ring=2)], ids=str)
 def test_zero_keeps_what_its_stage_promises(case: Case, stage: int, single):
-    for peak in on_ranks(N, instruments.peak, case, SIZES, 1, SEQ_LEN, False, stage):
+    for peak in on_ranks(N, instruments.peak, replace(case, zero_stage=stage), SIZES, 1, SEQ_LEN):
         for part in ("params", "grads", "optimizer"):
             share = N if part in STAGES[stage] else 1
             assert getattr(peak, part) == pytest.approx(getattr(single, part) / share, rel=0.01), part
@@ -69,13 +70,42 @@ def test_tp_keeps_whole_activations_between_the_matrices(single):
 
 @pytest.mark.parametrize("case", [Case("single"), *SPLIT], ids=str)
 def test_recompute_keeps_block_inputs_only(case: Case):
-    plain, recomputed = (
-        [instruments.peak(0, case, SIZES, 1, SEQ_LEN, recompute)]
-        if case.world_size == 1
-        else on_ranks(N, instruments.peak, case, SIZES, 1, SEQ_LEN, recompute)
-        for recompute in (False, True)
+    plain, recomputed = first_peak(case), first_peak(replace(case, recompute=True))
+    assert recomputed.activations < 0.35 * plain.activations
+
+
+def first_peak(case: Case, sizes: dict = SIZES) -> instruments.Peak:
+    """The first rank's."""
+    alone = case.world_size == 1
+    return (
+        instruments.peak(0, case, sizes, 1, SEQ_LEN)
+        if alone
+        else on_ranks(N, instruments.peak, case, sizes, 1, SEQ_LEN)[0]
     )
-    assert recomputed[0].activations < 0.35 * plain[0].activations
+
+
+CHUNKED = [Case("single"), Case("zero", dp=N), Case("tp", tp=N), SPLIT[0], SPLIT[1], SPLIT[4], SPLIT[6]]
+
+
+@pytest.mark.parametrize("case", CHUNKED, ids=str)
+def test_logits_never_exist_whole_where_the_loss_runs_in_chunks(case: Case):
+    """With a large vocabulary the peak is the loss's: logits, fp32 probabilities and their gradient."""
+    sizes = {**SIZES, "dim": 32, "n_layers": 1, "vocab_size": 4096}
+    tokens = SEQ_LEN / (case.ulysses * case.ring)
+    logits = 4 * tokens * sizes["vocab_size"] / case.tp
+    whole, chunked = first_peak(case, sizes), first_peak(replace(case, loss_chunks=8), sizes)
+    assert whole.total - chunked.total > 1.5 * logits * 7 / 8
+
+
+@pytest.mark.parametrize("case", CHUNKED, ids=str)
+def test_the_mlp_never_exists_whole_where_it_runs_in_chunks(case: Case):
+    """Kept for backward are gate, up and their product, F wide: in chunks, the input alone."""
+    sizes = {**SIZES, "dim": 32, "ffn_dim": 2048}
+    plain, chunked = first_peak(case, sizes), first_peak(replace(case, mlp_chunks=8), sizes)
+    tokens = SEQ_LEN / (case.ulysses * case.ring * case.tp)
+    wide = 4 * tokens * sizes["ffn_dim"]
+    assert plain.activations - chunked.activations > 3 * sizes["n_layers"] * wide
+    assert plain.total - chunked.total > 3 * (sizes["n_layers"] - 1) * wide
 
 
 class Unhurried(TorchDispatchMode):
