@@ -150,6 +150,12 @@ def tp_usp(s: Step) -> float:
     return tp_sp(s) + exchanges(s) + hops(s)
 
 
+def attention_alone(s: Step, backward: bool) -> float:
+    """workload=attention: what is exchanged between the projections of one block."""
+    sent = f(s.u) * s.tokens * (2 * s.q + 2 * s.rho * s.kv) * s.e * (1 + backward)
+    return sent + (s.r - 1) * 2 * s.tokens * s.rho * s.kv * (s.e + backward * (s.e + s.e_grad_kv))
+
+
 def odysseus(s: Step) -> float:
     """A block: 3 AG(D) + 2 RS(D), AG and RS once more if recomputed; ZeRO for the MLP over all ranks; a ring's hops."""
     block = (5 + 2 * (s.passes - 1)) * f(s.tp) * s.tokens * s.d * s.e
@@ -176,5 +182,7 @@ def step_bytes(config: dict) -> int | None:
     if formula is None:
         return None
     step = Step(config)
+    if config["workload"] == "attention":
+        return round(attention_alone(step, config["direction"] == "forward_backward"))
     clipping = config["optim"]["grad_clip"] is not None
     return round(formula(step) + (2 * f(step.world) * WIDE if clipping else 0))

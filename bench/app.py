@@ -19,13 +19,19 @@ RUNS = Path("runs")
 console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True, highlight=False, markup=False)
 
 
-def stays(status: str, rerun: str) -> bool:
-    """Is a row with this status kept, and not measured again? An invalid one costs nothing to look at again."""
-    return status != "invalid" and (rerun == "none" or (rerun == "failed" and status == "ok"))
+def stays(row: dict, rerun: str, rounds: int) -> bool:
+    """Is this row kept, and not measured again? An invalid one costs nothing to look at again."""
+    if row["status"] == "invalid" or (row["status"] == "ok" and len(row["round_ms"]) < rounds):
+        return False
+    return rerun == "none" or (rerun == "failed" and row["status"] == "ok")
 
 
-def run(job: Job, rerun: str, place: str = "") -> dict:
-    """Run one configuration and write its row, or return the row that is kept from an earlier run."""
+def run(job: Job, rerun: str, place: str = "", earlier: list[list[dict]] | None = None) -> dict:
+    """Run one configuration and write its row, or return the row that is kept from an earlier run.
+
+    earlier: what the ranks measured in earlier rounds of this sweep; this round's is added to it.
+    """
+    rounds = earlier if earlier is not None else []
     folder = RUNS / job.config["name"]
     started = time.time()
     record = {
@@ -43,12 +49,13 @@ def run(job: Job, rerun: str, place: str = "") -> dict:
     else:
         record |= {"run_id": records.run_id(config), **records.describe(config), "config": config}
         stored = records.load(folder, record["run_id"])
-        if stored and stays(stored["status"], rerun):
+        if stored and not rounds and stays(stored, rerun, config["rounds"]):
             return {**stored, "kept": True}
         outcome = launch_in_sight(config, f"{place}{title(record)}")
         record |= {"status": outcome.status, "reason": outcome.reason}
         if outcome.status == "ok":
-            measured, comm = records.measure(config, outcome.ranks)
+            rounds.append(outcome.ranks)
+            measured, comm = records.measure(config, rounds)
             record |= {**measured, "reason": "; ".join(config["notes"])}
             if (fault := records.implausible(record)) is not None:
                 record |= {"status": "error", "reason": fault}
@@ -91,7 +98,9 @@ def print_table(rows: list[dict], name: str) -> None:
     table = Table(title=f"sweep {name}" if len(rows) > 1 else None, title_justify="left")
     for column in ("strategy", "mesh"):
         table.add_column(column)
-    for column in ("seq_len", "step ms", "tokens/s", "peak MiB", "sent MiB", "loss"):
+    attention = all(row["workload"] == "attention" for row in rows)
+    last = "of ideal" if attention else "loss"
+    for column in ("seq_len", "step ms", "tokens/s", "peak MiB", "sent MiB", last):
         table.add_column(column, justify="right")
     for row in rows:
         if row["status"] == "ok":
@@ -100,7 +109,9 @@ def print_table(rows: list[dict], name: str) -> None:
                 f"{row['tokens_per_s']:,.0f}",
                 f"{row['peak_bytes'] / 2**20:.1f}",
                 f"{row['comm_bytes'] / 2**20:.2f}",
-                f"{row['loss_first']:.4f} → {row['loss_last']:.4f}",
+                f"{row['loss_first']:.4f} → {row['loss_last']:.4f}"
+                if row["losses"]
+                else f"{row['share_of_ideal']:.0%}",
             )
         else:
             cells = (row["status"], "", "", "", "")
@@ -126,30 +137,43 @@ def run_one(job: Job) -> dict:
 
 def run_all(jobs: list[Job]) -> list[dict]:
     """Run a sweep's jobs one after the other, and print the table. Ctrl-C leaves every finished row on disk."""
-    rows: list[dict] = []
+    done: dict[int, dict] = {}
     try:
         start_server()
-        for row in run_each(jobs):
-            rows.append(row)
+        for i, row in run_each(jobs):
+            done[i] = row
     except KeyboardInterrupt:
-        console.print(f"interrupted: {len(rows)} of {len(jobs)} rows are in {RUNS / jobs[0].config['name']}; ", end="")
+        console.print(f"interrupted: {len(done)} of {len(jobs)} rows are in {RUNS / jobs[0].config['name']}; ", end="")
         console.print("the same command again goes on from there")
         sys.exit(130)
+    rows = [done[i] for i in sorted(done)]
     print_table(rows, jobs[0].config["name"])
     return rows
 
 
-def run_each(jobs: list[Job]) -> Iterator[dict]:
-    """The jobs' rows as they come, with a line each: which runs, how many are left, about how long."""
+def run_each(jobs: list[Job]) -> Iterator[tuple[int, dict]]:
+    """The number of a job and its row, as they are done, with a line for each run: which, how many are left, about how long.
+
+    With rounds, every job runs once before any runs again, so that all meet the same good and bad moments.
+    """
     spent: list[float] = []
-    for i, job in enumerate(jobs):
-        left = f", about {sum(spent) / len(spent) * (len(jobs) - i):.0f} s left" if spent else ""
-        place = f"[{i + 1}/{len(jobs)}{left}] "
+    turns = [(turn, i) for turn in range(max(job.config["rounds"] for job in jobs)) for i in range(len(jobs))]
+    turns = [(turn, i) for turn, i in turns if turn < jobs[i].config["rounds"]]
+    measured: list[list[list[dict]]] = [[] for _ in jobs]
+    over = set()
+    for n, (turn, i) in enumerate(turns):
+        if i in over:
+            continue
+        job = jobs[i]
+        left = f", about {sum(spent) / len(spent) * (len(turns) - n):.0f} s left" if spent else ""
+        place = f"[{n + 1}/{len(turns)}{left}] "
         started = time.monotonic()
-        row = run(job, job.config["rerun"], place)
+        row = run(job, job.config["rerun"], place, measured[i])
         if not row.get("kept"):
             spent.append(time.monotonic() - started)
         launched = row["status"] != "invalid" and not row.get("kept")
         said = "    → " if launched and not console.is_terminal else f"{place}{title(row)} · "
         console.print(f"{said}{outcome_line(row)}", style=None if row["status"] == "ok" else "red")
-        yield row
+        if turn + 1 == job.config["rounds"] or row.get("kept") or row["status"] != "ok":
+            over.add(i)
+            yield i, row

@@ -13,7 +13,8 @@ CHOICES = {
     "precision": ("fp32", "bf16", "bf16_mixed"),
     "device": ("cpu", "cuda"),
     "mode": ("real",),
-    "workload": ("step",),
+    "workload": ("step", "attention"),
+    "direction": ("forward", "forward_backward"),
     "recompute": ("none", "block"),
     "zero_stage": (0, 1, 2, 3),
     "ring.layout": ("contiguous", "zigzag", "striped"),
@@ -23,7 +24,16 @@ CHOICES = {
     "attention.kernel": ("auto", "flash_attn", "sdpa", "math"),
     "rerun": ("none", "failed", "all"),
 }
-AT_LEAST = {"world_size": 1, "seq_len": 1, "batch_size": 1, "steps": 1, "warmup": 0, "mlp.chunks": 1, "loss.chunks": 1}
+AT_LEAST = {
+    "world_size": 1,
+    "seq_len": 1,
+    "batch_size": 1,
+    "steps": 1,
+    "warmup": 0,
+    "rounds": 1,
+    "mlp.chunks": 1,
+    "loss.chunks": 1,
+}
 POSITIVE_SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size")
 
 
@@ -38,8 +48,11 @@ def resolve(config: dict) -> dict:
     check_choices(config)
     fill_model(config)
     fill_mesh(config)
-    check_batch(config)
-    check_data(config)
+    if config["workload"] == "attention":
+        check_attention(config)
+    else:
+        check_batch(config)
+        check_data(config)
     pick_device(config)
     return config
 
@@ -157,6 +170,17 @@ def check_context_parallel(world_size: int, mesh: dict) -> None:
             f"the context-parallel size, world_size / (mesh.dp * mesh.tp) = {context_parallel}, must be divisible by "
             f"mesh.ulysses={ulysses}; {either(below, above)} would do"
         )
+
+
+def check_attention(config: dict) -> None:
+    from strategies import STRATEGIES
+    from strategies.base import Strategy
+
+    name, dp, batch_size = config["strategy"]["name"], config["mesh"]["dp"], config["batch_size"]
+    if STRATEGIES[name].core_attention is Strategy.core_attention:
+        raise Invalid(f"workload=attention: strategy {name} has no core_attention; workload=step would do")
+    if batch_size < dp:
+        raise Invalid(f"batch_size={batch_size} must be at least mesh.dp = {dp} for workload=attention; {dp} would do")
 
 
 def check_batch(config: dict) -> None:

@@ -120,6 +120,8 @@ class Config:
     device: str = "cpu"
     mode: str = "real"
     workload: str = "step"
+    direction: str = "forward_backward"
+    rounds: int = 1
     timeout_s: float = 600.0
     save_path: str | None = None
     name: str = "default"

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import operator
 import os
 import statistics
 import subprocess
@@ -26,11 +27,13 @@ COLUMNS = [
     "calls_all_gather", "calls_reduce_scatter", "calls_all_reduce", "calls_all_to_all", "calls_p2p",
     "analytic_comm_bytes",
     "loss_first", "loss_last", "torch_version", "git_sha", "git_dirty", "command", "started_at",
+    "workload", "direction", "placement", "ulysses_packed", "ring_kv", "mlp_chunks", "loss_chunks", "rounds",
+    "iterations_per_s", "ideal_ms", "share_of_ideal",
 ]
 COMM_COLUMNS = ["phase", "kind", "axis", "group_size", "dtype", "calls", "payload_bytes", "sent_bytes", "source"]
 # fmt: on
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "p2p")
-NOT_IDENTITY = ("name", "rerun", "notes")  # where a configuration is kept, not what it is
+NOT_IDENTITY = ("name", "rerun", "rounds", "notes")  # where a configuration is kept, not what it is
 ROOT = Path(__file__).parents[1]
 
 
@@ -51,19 +54,30 @@ def describe(config: dict) -> dict:
         "ring_layout": config["ring"]["layout"],
         "attention_kernel": config["attention"]["kernel"],
         **{key: config[key] for key in ["zero_stage", "seq_len", "batch_size", "precision", "recompute", "device"]},
-        **{key: config[key] for key in ["steps", "warmup"]},
+        **{key: config[key] for key in ["steps", "warmup", "workload", "placement", "rounds"]},
+        "direction": config["direction"] if config["workload"] == "attention" else None,
+        "ulysses_packed": config["ulysses"]["packed"],
+        "ring_kv": config["ring"]["kv"],
+        "mlp_chunks": config["mlp"]["chunks"],
+        "loss_chunks": config["loss"]["chunks"],
     }
 
 
-def measure(config: dict, ranks: list[dict]) -> tuple[dict, list[dict]]:
-    """The columns that say what came out, of all ranks' measurements, and the busiest rank's lines of comm.csv."""
-    steps = list(zip(*(rank["steps"] for rank in ranks), strict=True))  # per step, of every rank
-    slowest = {lap: [max(rank[lap] for rank in step) for step in steps] for lap in steps[0][0]}
-    step_ms = statistics.median(slowest["step"])
+def measure(config: dict, rounds: list[list[dict]]) -> tuple[dict, list[dict]]:
+    """The columns that say what came out, of all rounds of all ranks' measurements, and the busiest rank's comm.csv.
+
+    Times are medians over the steps of all rounds; what is counted is the same in each, and the last one's is taken.
+    """
+    ranks = rounds[-1]
+    timed = [slowest(of_round) for of_round in rounds]
+    laps = {lap: [ms for of_round in timed for ms in of_round[lap]] for lap in timed[0]}
+    step_ms = statistics.median(laps["step"])
+    cpu_ms = [[step["cpu"] for of_round in rounds for step in of_round[rank]["steps"]] for rank in range(len(ranks))]
     busiest = max(ranks, key=lambda rank: sum(entry["sent_bytes"] for entry in rank["comm"]))
     fullest = max(ranks, key=lambda rank: rank["peak"]["total"])["peak"]
     flops = max(rank["flops"] for rank in ranks)
     first = ranks[0]
+    losses, ideal = first["losses"], [ms for of_round in rounds for ms in of_round[0]["ideal"]]
     peak_tflops = peak_tflops_of(first["device_name"], config["precision"]) if config["device"] == "cuda" else None
     tflops = flops / step_ms / 1e9
     row = {
@@ -71,15 +85,19 @@ def measure(config: dict, ranks: list[dict]) -> tuple[dict, list[dict]]:
         "backend": first["backend"],
         "attention_kernel": first["kernel"],
         "step_ms_median": step_ms,
-        "step_ms_p10": percentile(slowest["step"], 0.1),
-        "step_ms_p90": percentile(slowest["step"], 0.9),
-        **{f"{lap}_ms": statistics.median(slowest[lap]) for lap in ("forward", "backward", "optimizer")},
-        "cpu_ms_max": max(statistics.median(step["cpu"] for step in rank["steps"]) for rank in ranks),
-        "cpu_ms_min": min(statistics.median(step["cpu"] for step in rank["steps"]) for rank in ranks),
+        "step_ms_p10": percentile(laps["step"], 0.1),
+        "step_ms_p90": percentile(laps["step"], 0.9),
+        **{f"{lap}_ms": statistics.median(laps[lap]) for lap in ("forward", "backward", "optimizer")},
+        "cpu_ms_max": max(map(statistics.median, cpu_ms)),
+        "cpu_ms_min": min(map(statistics.median, cpu_ms)),
         "tokens_per_s": config["batch_size"] * config["seq_len"] / step_ms * 1000,
+        "iterations_per_s": 1000 / step_ms,
+        "round_ms": [statistics.median(of_round["step"]) for of_round in timed],
         "flops_per_rank": flops,
         "tflops_per_rank": tflops,
         "mfu": tflops / peak_tflops if peak_tflops else None,
+        "ideal_ms": statistics.median(ideal) if ideal else None,
+        "share_of_ideal": statistics.median(map(operator.truediv, ideal, laps["step"])) if ideal else None,
         "peak_bytes": fullest["total"],
         "peak_reserved_bytes": max(rank["reserved"] for rank in ranks) if first["reserved"] is not None else None,
         "param_bytes": fullest["params"],
@@ -89,12 +107,18 @@ def measure(config: dict, ranks: list[dict]) -> tuple[dict, list[dict]]:
         "other_bytes": fullest["other"],
         **communication(busiest["comm"]),
         "analytic_comm_bytes": step_bytes(config),
-        "loss_first": first["losses"][0],
-        "loss_last": first["losses"][-1],
-        "losses": first["losses"],
+        "loss_first": losses[0] if losses else None,
+        "loss_last": losses[-1] if losses else None,
+        "losses": losses,
         "torch_version": first["torch_version"],
     }
     return row, [{**entry, "sent_bytes": round(entry["sent_bytes"])} for entry in busiest["comm"]]
+
+
+def slowest(ranks: list[dict]) -> dict[str, list[float]]:
+    """Per lap (forward, backward, optimizer, step), of every step, the rank that took longest."""
+    steps = list(zip(*(rank["steps"] for rank in ranks), strict=True))
+    return {lap: [max(rank[lap] for rank in step) for step in steps] for lap in steps[0][0]}
 
 
 def communication(entries: list[dict]) -> dict:
@@ -119,8 +143,8 @@ def implausible(row: dict) -> str | None:
     lost = [loss for loss in row["losses"] if not abs(loss) < float("inf")]
     if lost:
         return f"the loss is not finite at step {row['losses'].index(lost[0]) + 1}"
-    if row["world_size"] > 1 and row["comm_bytes"] == 0:
-        return f"{row['world_size']} ranks trained and sent nothing"
+    if row["world_size"] > 1 and row["comm_bytes"] == 0 and row["analytic_comm_bytes"] != 0:
+        return f"{row['world_size']} ranks ran and sent nothing"
     if (row["mfu"] or 0) > 1:
         return f"{row['tflops_per_rank']:.0f} TFLOPS is more than the device can do"
     return None

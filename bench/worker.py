@@ -6,6 +6,7 @@ import signal
 import threading
 import traceback
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
 
@@ -14,13 +15,14 @@ import torch._dynamo  # FSDP2 imports it when first used: better once in the ser
 import torch.distributed as dist
 
 from bench import data
+from bench.attention import AttentionAlone
 from bench.check import tokens_needed
 from bench.comm import Ledger
 from bench.config import OptimSection
 from bench.flops import CountedKernel, FlopCounter
 from bench.memory import MemoryLog
 from bench.timing import Stopwatch
-from bench.training import PRECISIONS, Training
+from bench.training import PRECISIONS, Batch, Training
 from models import checkpoint
 from models.config import ModelConfig
 from strategies.base import Options
@@ -80,14 +82,14 @@ def run(rank: int, config: dict, folder: str, pipe) -> dict:
             device_id=torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else None,
         )
 
-    training, source = build(config)
+    training, batch_of = BUILD[config["workload"]](config)
     watch = Stopwatch(device)
     shares = []
     total = config["warmup"] + config["steps"]
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for step in range(total):
-        batch = training.place(*global_batch(source, step, config))
+        batch = batch_of(step)
         if world_size > 1:
             dist.barrier()
         with watch.step():
@@ -96,9 +98,12 @@ def run(rank: int, config: dict, folder: str, pipe) -> dict:
             training.backward(loss)
             watch.lap()
             training.update()
-        shares.append(loss.detach())
+        if config["workload"] == "attention":
+            training.time_the_whole()
+        else:
+            shares.append(loss.detach())
         pipe.send(("progress", f"step {step + 1}/{total}"))
-    losses = training.global_loss(torch.stack(shares))
+    losses = training.global_loss(torch.stack(shares)) if shares else []
     steps = watch.steps()[config["warmup"] :]
     allocated = reserved = None
     if device == "cuda":
@@ -114,6 +119,7 @@ def run(rank: int, config: dict, folder: str, pipe) -> dict:
     return {
         "losses": losses,
         "steps": steps,
+        "ideal": training.ideal_ms()[config["warmup"] :] if config["workload"] == "attention" else [],
         "comm": [asdict(entry) for entry in ledger.entries.values()],
         "flops": flops,
         "peak": peak,
@@ -125,18 +131,22 @@ def run(rank: int, config: dict, folder: str, pipe) -> dict:
     }
 
 
-def build(config: dict) -> tuple[Training, data.RandomTokens | data.StoredTokens]:
-    model = ModelConfig.of(config["model"])
-    dtypes = PRECISIONS[config["precision"]]
-    options = Options(
-        kernel=pick_kernel(config["attention"]["kernel"], config["device"], dtypes[1], model.head_dim),
-        compute_dtype=dtypes[1],
+def options_of(config: dict) -> Options:
+    compute_dtype = PRECISIONS[config["precision"]][1]
+    return Options(
+        kernel=pick_kernel(config["attention"]["kernel"], config["device"], compute_dtype, config["model"]["head_dim"]),
+        compute_dtype=compute_dtype,
         zero_stage=config["zero_stage"],
         ring_layout=config["ring"]["layout"],
         ring_grad_dtype=config["ring"]["grad_dtype"],
         ring_kv=config["ring"]["kv"],
         ulysses_packed=config["ulysses"]["packed"],
     )
+
+
+def build_step(config: dict) -> tuple[Training, Callable[[int], Batch]]:
+    """The training of workload=step, and what it trains on in a step."""
+    model = ModelConfig.of(config["model"])
     if config["model"]["name"] == "hf":
         files = checkpoint.Checkpoint(config["model"]["path"])
         whole = lambda name, shape: files.tensor(name)  # noqa: E731
@@ -146,11 +156,11 @@ def build(config: dict) -> tuple[Training, data.RandomTokens | data.StoredTokens
         model,
         config["strategy"]["name"],
         config["mesh"],
-        options,
+        options_of(config),
         OptimSection(**config["optim"]),
         whole,
         config["device"],
-        dtypes,
+        PRECISIONS[config["precision"]],
         recompute=config["recompute"] == "block",
         mlp_chunks=config["mlp"]["chunks"],
         loss_chunks=config["loss"]["chunks"],
@@ -159,7 +169,27 @@ def build(config: dict) -> tuple[Training, data.RandomTokens | data.StoredTokens
     source = data.load(
         config["data"]["name"], config["data"]["path"], tokens_needed(config), model.vocab_size, config["seed"]
     )
-    return training, source
+    return training, lambda step: training.place(*global_batch(source, step, config))
+
+
+def build_attention(config: dict) -> tuple[AttentionAlone, Callable[[int], None]]:
+    """workload=attention, which takes the same q, k, v in every step."""
+    alone = AttentionAlone(
+        ModelConfig.of(config["model"]),
+        config["strategy"]["name"],
+        config["mesh"],
+        options_of(config),
+        config["batch_size"],
+        config["seq_len"],
+        config["device"],
+        backward=config["direction"] == "forward_backward",
+        placement=config["placement"],
+        seed=config["seed"],
+    )
+    return alone, lambda step: None
+
+
+BUILD = {"step": build_step, "attention": build_attention}
 
 
 def initial(name: str, shape: torch.Size, seed: int, device: str) -> torch.Tensor:

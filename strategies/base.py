@@ -7,6 +7,9 @@ A strategy is asked four things, and its file is those four answers under a card
     attention(attn, x, rope)  what do I exchange in attention
     mlp(mlp, x)               what do I exchange in the MLP
 
+attention calls `core_attention(q, k, v)` for what happens between its projections. It has a name of its own because it
+is what workload=attention measures alone, and what "X is Y with another attention in the middle" replaces.
+
 Two more are asked at the model's ends, `embed` and `loss`. Wherever tokens are split they need no exchange of their
 own, so the answers below serve; strategies with a tp axis split the vocabulary instead (Megatron), and say so.
 
@@ -115,6 +118,10 @@ class Strategy:
 
     def attention(self, attn: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """x as the blocks pass it on -> the same shape."""
+        raise NotImplementedError
+
+    def core_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [B, S_local, H_tp, K], k and v [B, S_local, G_tp, K] -> [B, S_local, H_tp, K]: causal over all tokens."""
         raise NotImplementedError
 
     def mlp(self, mlp: nn.Module, x: Tensor) -> Tensor:

@@ -42,8 +42,11 @@ class Odysseus(TPSP):
     def attention(self, attn: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         qkv = gathered_linear(x, [attn.q, attn.k, attn.v], self.tp)  # [B, S_ring_tp, D] -> [B, S_ring, .._tp]
         q, k, v = attn.heads(qkv, rope)  # [B, S_ring, H_tp, K], k and v [B, S_ring, G_tp, K]
-        out = ring_attention(q, k, v, self.ring, self.options)
+        out = self.core_attention(q, k, v)
         return reduce_scatter(attn.output(out), SEQUENCE, self.tp)  # {[B, S_ring, D]} -> [B, S_ring_tp, D]
+
+    def core_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ring_attention(q, k, v, self.ring, self.options)
 
     def mlp(self, mlp: nn.Module, x: Tensor) -> Tensor:
         return mlp(x)

@@ -34,8 +34,11 @@ class Ring(Strategy):
 
     def attention(self, attn: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = attn.heads(attn.project(x), rope)  # [B, S_sp, H, K], k and v [B, S_sp, G, K]
-        out = ring_attention(q, k, v, self.ring, self.options)
+        out = self.core_attention(q, k, v)
         return attn.output(out)
+
+    def core_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ring_attention(q, k, v, self.ring, self.options)
 
     def mlp(self, mlp: nn.Module, x: Tensor) -> Tensor:
         return mlp(x)

@@ -29,7 +29,11 @@ class Single(Strategy):
 
     def attention(self, attn: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = attn.heads(attn.project(x), rope)  # [B, S, H, K], k and v [B, S, G, K]
-        return attn.output(attend(q, k, v, self.options.kernel))
+        out = self.core_attention(q, k, v)
+        return attn.output(out)
+
+    def core_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, self.options.kernel)
 
     def mlp(self, mlp: nn.Module, x: Tensor) -> Tensor:
         return mlp(x)

@@ -52,8 +52,11 @@ class TP(Strategy):
     def attention(self, attn: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         x = copy(x, self.tp)  # [B, S, D]; its gradient is the ranks' sum
         q, k, v = attn.heads(attn.project(x), rope)  # [B, S, H_tp, K], k and v [B, S, G_tp, K]
-        out = attend(q, k, v, self.options.kernel)
+        out = self.core_attention(q, k, v)
         return all_reduce(attn.output(out), self.tp)  # {[B, S, D]} -> [B, S, D]
+
+    def core_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, self.options.kernel)
 
     def mlp(self, mlp: nn.Module, x: Tensor) -> Tensor:
         x = copy(x, self.tp)

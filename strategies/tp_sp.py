@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from strategies.base import Rule, Shape, multiple
 from strategies.ops.collectives import reduce_scatter
-from strategies.ops.kernels import attend
 from strategies.ops.linear import SEQUENCE, gathered_linear
 from strategies.ops.vocab import vocab_embedding, vocab_loss_sum
 from strategies.ops.weights import partial_gradients
@@ -36,7 +35,7 @@ class TPSP(TP):
     def attention(self, attn: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         qkv = gathered_linear(x, [attn.q, attn.k, attn.v], self.tp)  # [B, S_tp, D] -> [B, S, .._tp], gathered once
         q, k, v = attn.heads(qkv, rope)  # [B, S, H_tp, K], k and v [B, S, G_tp, K]
-        out = attend(q, k, v, self.options.kernel)
+        out = self.core_attention(q, k, v)
         return reduce_scatter(attn.output(out), SEQUENCE, self.tp)  # {[B, S, D]} -> [B, S_tp, D]
 
     def mlp(self, mlp: nn.Module, x: Tensor) -> Tensor:

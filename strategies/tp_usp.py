@@ -49,7 +49,10 @@ class TPUSP(TPSP):
     def attention(self, attn: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         qkv = gathered_linear(x, [attn.q, attn.k, attn.v], self.tp)  # [B, S_sp_tp, D] -> [B, S_sp, .._tp]
         q, k, v = attn.heads(qkv, rope)  # [B, S_sp, H_tp, K], k and v [B, S_sp, G_tp, K]
-        q, k, v = to_heads(q, k, v, self.ulysses, self.options.ulysses_packed)  # [B, S_ring, H_tp_ulysses, K]
-        out = ring_attention(q, k, v, self.ring, self.options)
-        out = all_to_all(out, SEQUENCE, HEADS, self.ulysses)  # -> [B, S_sp, H_tp, K]
+        out = self.core_attention(q, k, v)
         return reduce_scatter(attn.output(out), SEQUENCE, self.tp)  # {[B, S_sp, D]} -> [B, S_sp_tp, D]
+
+    def core_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = to_heads(q, k, v, self.ulysses, self.options.ulysses_packed)  # -> [B, S_ring, H_tp_ulysses, K]
+        out = ring_attention(q, k, v, self.ring, self.options)
+        return all_to_all(out, SEQUENCE, HEADS, self.ulysses)  # [B, S_ring, H_tp_ulysses, K] -> [B, S_sp, H_tp, K]

@@ -41,12 +41,13 @@ class Ulysses(Strategy):
 
     def attention(self, attn: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = attn.heads(attn.project(x), rope)  # [B, S_sp, H, K], k and v [B, S_sp, G, K]
-        q, k, v = to_heads(
-            q, k, v, self.ulysses, self.options.ulysses_packed
-        )  # [B, S, H_sp, K], k and v [B, S, G_sp, K]
-        out = attend(q, k, v, self.options.kernel)
-        out = all_to_all(out, SEQUENCE, HEADS, self.ulysses)  # [B, S, H_sp, K] -> [B, S_sp, H, K]
+        out = self.core_attention(q, k, v)
         return attn.output(out)
+
+    def core_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = to_heads(q, k, v, self.ulysses, self.options.ulysses_packed)  # -> [B, S, H_sp, K], [B, S, G_sp, K]
+        out = attend(q, k, v, self.options.kernel)
+        return all_to_all(out, SEQUENCE, HEADS, self.ulysses)  # [B, S, H_sp, K] -> [B, S_sp, H, K]
 
     def mlp(self, mlp: nn.Module, x: Tensor) -> Tensor:
         return mlp(x)

@@ -41,11 +41,7 @@ class USP(Ulysses):
         around = ring_split(tokens, SEQUENCE, self.options.ring_layout, self.ring)
         return around.chunk(self.ulysses.size, SEQUENCE)[self.ulysses.rank]
 
-    def attention(self, attn, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        q, k, v = attn.heads(attn.project(x), rope)  # [B, S_sp, H, K], k and v [B, S_sp, G, K]
-        q, k, v = to_heads(
-            q, k, v, self.ulysses, self.options.ulysses_packed
-        )  # [B, S_ring, H_ulysses, K], k, v [.., G_ulysses, K]
+    def core_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = to_heads(q, k, v, self.ulysses, self.options.ulysses_packed)  # -> [B, S_ring, H_ulysses, K]
         out = ring_attention(q, k, v, self.ring, self.options)
-        out = all_to_all(out, SEQUENCE, HEADS, self.ulysses)  # [B, S_ring, H_ulysses, K] -> [B, S_sp, H, K]
-        return attn.output(out)
+        return all_to_all(out, SEQUENCE, HEADS, self.ulysses)  # [B, S_ring, H_ulysses, K] -> [B, S_sp, H, K]

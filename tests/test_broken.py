@@ -46,7 +46,7 @@ class KeptGather(TPSP):
     def attention(self, attn, x, rope):
         x = all_gather(x, SEQUENCE, self.tp)
         q, k, v = attn.heads(attn.project(x), rope)
-        out = strategies.tp_sp.attend(q, k, v, self.options.kernel)
+        out = self.core_attention(q, k, v)
         return reduce_scatter(attn.output(out), SEQUENCE, self.tp)
 
     def mlp(self, mlp, x):

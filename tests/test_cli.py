@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import records
+from bench import app, records
 from bench.check import Invalid, resolve
 from strategies import STRATEGIES
 from tests.jobs import QUICK, job
@@ -138,6 +138,29 @@ def test_an_invalid_run_is_a_row_too(tmp_path):
 def test_a_sweep_without_a_success_exits_with_1(tmp_path):
     assert bench("-m", "strategy=tp_sp,ulysses", "seq_len=511", cwd=tmp_path).returncode == 1
     assert len((tmp_path / "runs" / "default" / "results.csv").read_text().splitlines()) == 3
+
+
+def test_attention_alone_is_a_row(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    jobs = [
+        job("name=alone", "workload=attention", "strategy=usp", "mesh.ring=2", "rounds=2"),
+        job("name=alone", "workload=attention", "strategy=tp", "direction=forward", "rounds=2"),
+        job("name=alone", "workload=attention", "strategy=zero", "rounds=2"),
+    ]
+    ring, tp, zero = app.run_all(jobs)
+    assert [ring["status"], tp["status"], zero["status"]] == ["ok", "ok", "invalid"]
+    assert zero["reason"] == "batch_size=1 must be at least mesh.dp = 2 for workload=attention; 2 would do"
+    assert len(ring["round_ms"]) == 2
+    assert ring["share_of_ideal"] > 0
+    assert ring["losses"] == []
+    kv = 64 // 2 * 4 * 16 * 2 * 4  # tokens, kv heads, head_dim, k and v, bytes
+    assert ring["comm_bytes"] == ring["analytic_comm_bytes"] == 3 * kv  # one hop forward, two backward
+    assert tp["comm_bytes"] == 0  # its heads are where they are needed
+    assert tp["backward_ms"] < tp["forward_ms"]
+    pairs = 64 * 65 // 2
+    assert tp["flops_per_rank"] == 4 * 4 * 16 * pairs
+    again = app.run_all(jobs)
+    assert [row.get("kept", False) for row in again] == [True, True, False]
 
 
 def test_flops_are_counted_causally():

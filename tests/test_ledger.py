@@ -195,6 +195,7 @@ def test_a_whole_step_sends_what_the_cost_table_says(case: Case, variation: str)
         "ring": {"layout": "zigzag", "grad_dtype": "fp32", **change.get("ring", {})},
         "model": {**SIZES, "n_kv_heads": HEADS["gqa"], "n_layers": 2, "head_dim": 8, **change.get("model", {})},
         "optim": {"grad_clip": 1.0},
+        "workload": "step",
         "seq_len": 32,
         "batch_size": change.get("batch_size", 2),
         "precision": change.get("precision", "fp32"),

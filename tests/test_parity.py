@@ -4,12 +4,18 @@ Loss is not enough: averaged instead of summed gradients leave the first loss un
 """
 
 import functools
+from collections import Counter
 
 import pytest
 import torch
 
+from bench.attention import AttentionAlone
+from bench.worker import count
+from models.config import ModelConfig
+from strategies.base import Options
+from strategies.ops.kernels import pick_kernel
 from tests import reference
-from tests.cases import CASES, HEADS, Case
+from tests.cases import CASES, HEADS, Case, cases
 from tests.ranks import on_ranks
 
 CLOSE = 1e-5
@@ -55,3 +61,59 @@ def test_strategy_is_the_unsharded_model(case: Case, checkpoints):
             what = f"{case}, {heads}, batch {key[0]}"
             reference.assert_equal(results[heads, key], judge(folder, *key), CLOSE, f"{what}, against transformers")
             reference.assert_equal(results[heads, key], single(folder, *key), CLOSE, f"{what}, against one process")
+
+
+def attention_alone(rank: int, case: Case, n_kv_heads: int) -> dict[str, float]:
+    """How far this rank's output and gradients of workload=attention are from its part of the whole ones."""
+    sizes = ModelConfig(dim=64, n_layers=1, n_heads=8, n_kv_heads=n_kv_heads, ffn_dim=1, vocab_size=1)
+
+    def alone(case: Case) -> AttentionAlone:
+        options = Options(pick_kernel("auto", "cpu", torch.float32, sizes.head_dim), **case.options)
+        return AttentionAlone(sizes, case.strategy, case.degrees, options, 2, 32, placement=case.placement)
+
+    ours, whole = alone(case), alone(Case("single"))
+    outs = [run.forward() for run in (ours, whole)]
+    for run, out in zip((ours, whole), outs, strict=True):
+        run.backward(out)
+    pairs = {"out": outs} | {
+        name: [q.grad, all_q.grad] for name, q, all_q in zip("qkv", ours.qkv, whole.qkv, strict=True)
+    }
+    if case.tp > n_kv_heads:  # ranks that share a kv head hold parts of its gradient's sum
+        del pairs["k"], pairs["v"]
+    return {name: reference.distance(mine, ours.part(theirs)) for name, (mine, theirs) in pairs.items()}
+
+
+@pytest.mark.parametrize("n_kv_heads", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize(
+    "case", [c for c in cases(4) if c.dp < 4 and c.zero_stage == 3 and c.model == Case("").model], ids=str
+)
+def test_attention_alone_is_its_part_of_the_whole(case: Case, n_kv_heads: int):
+    for far in on_ranks(4, attention_alone, case, n_kv_heads):
+        assert max(far.values()) < CLOSE, far
+
+
+def trained(rank: int, case: Case, folder: str) -> tuple[reference.Result | None, list[tuple]]:
+    """One step's result, and what was sent: (phase, kind, axis, bytes), whatever line sent it."""
+    training = reference.build(case, folder)
+    result = reference.run_case(training, *batch_of(3, None))
+    training.zero_grads()
+    book, _ = count(training, training.place(*batch_of(3, None)))
+    sent: Counter = Counter()
+    for entry in book.entries.values():
+        sent[entry.phase, entry.kind, entry.axis, entry.weights] += entry.sent_bytes
+    return result, sorted(sent.items())
+
+
+@pytest.mark.parametrize(
+    ("hybrid", "plain"),
+    [
+        (Case("tp_usp", ulysses=2, ring=2), Case("usp", ulysses=2, ring=2)),
+        (Case("tp_usp", ulysses=4), Case("ulysses", ulysses=4)),
+        (Case("tp_usp", tp=4), Case("tp_sp", tp=4)),
+    ],
+    ids=str,
+)
+def test_tp_usp_is_usp_at_tp_1_and_tp_sp_at_ulysses_ring_1(hybrid: Case, plain: Case, checkpoints):
+    (ours, we_sent), (theirs, they_sent) = (on_ranks(4, trained, c, checkpoints["gqa"])[0] for c in (hybrid, plain))
+    reference.assert_equal(ours, theirs, 1e-6, f"{hybrid} against {plain}")
+    assert we_sent == they_sent

@@ -1,0 +1,112 @@
+"""workload=attention: the strategy's attention alone, on q, k and v of the model's head shape (Fang and Zhao 2024).
+
+It stands where Training stands and has the same parts of a step, so every instrument works on it too. Beside each
+step, one process computes the attention of all heads over the whole sequence: the share of the ideal is how close the
+ranks together come to that.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bench.timing import Stopwatch
+from models.config import ModelConfig
+from strategies import STRATEGIES
+from strategies.base import Options
+from strategies.ops.kernels import attend
+from strategies.ops.mesh import Axis, Mesh
+
+
+class AttentionAlone:
+    """One rank's q, k, v, cut from whole ones that depend on `seed` alone, and a step of attention on them."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        strategy: str,
+        degrees: dict[str, int],
+        options: Options,
+        batch_size: int,
+        seq_len: int,
+        device: str = "cpu",
+        backward: bool = True,
+        placement: str = "ulysses_inner",
+        seed: int = 0,
+    ) -> None:
+        self.mesh = Mesh.build(device, **degrees, placement=placement)
+        self.strategy = STRATEGIES[strategy](self.mesh, options)
+        self.model = nn.Module()  # none, for the instruments that look for its weights
+        self.device, self.with_backward = device, backward
+        generator = torch.Generator(device).manual_seed(seed)
+        q_shape = (batch_size, seq_len, config.n_heads, config.head_dim)
+        kv_shape = (batch_size, seq_len, config.n_kv_heads, config.head_dim)
+        self.whole = [
+            torch.randn(shape, device=device, generator=generator).to(options.compute_dtype)
+            for shape in (q_shape, kv_shape, kv_shape, q_shape)
+        ]  # q, k, v and the output's gradient
+        q, k, v, self.grad = (self.part(whole) for whole in self.whole)
+        self.qkv = [t.requires_grad_(backward) for t in (q, k, v)]
+        if not self.times_the_whole:
+            self.whole = []
+        self.watch = Stopwatch(device)
+
+    @property
+    def times_the_whole(self) -> bool:
+        return not dist.is_initialized() or dist.get_rank() == 0
+
+    def part(self, whole: Tensor) -> Tensor:
+        """[B, S, H, K] -> this rank's [B_dp, S_local, H_tp, K]."""
+        positions = self.strategy.split(torch.arange(whole.shape[1])[None])[0].to(whole.device)
+        rows, heads = slice(*self.mesh.dp.span(len(whole))), slice(*span_of_heads(whole.shape[2], self.mesh.tp))
+        return whole[rows, :, heads].index_select(1, positions).contiguous()
+
+    def forward(self, batch: None = None) -> Tensor:
+        return self.strategy.core_attention(*self.qkv)
+
+    def backward(self, out: Tensor) -> None:
+        if self.with_backward:
+            out.backward(self.grad)
+
+    def update(self) -> None:
+        for t in self.qkv:
+            t.grad = None
+
+    def state(self) -> dict[str, list[Tensor]]:
+        """There is no model: what the step starts from are the activations q, k, v and the output's gradient."""
+        return {"activations": [*self.qkv, self.grad]}
+
+    def time_the_whole(self) -> None:
+        """On one rank, while the others wait: the whole attention in one process, with every core of a CPU."""
+        if self.times_the_whole:
+            threads = torch.get_num_threads()
+            if self.device == "cpu":
+                torch.set_num_threads(len(os.sched_getaffinity(0)))
+            q, k, v, grad = self.whole
+            qkv = [t.detach().requires_grad_(self.with_backward) for t in (q, k, v)]
+            with self.watch.step():
+                out = attend(*qkv, self.strategy.options.kernel)
+                self.watch.lap()
+                if self.with_backward:
+                    out.backward(grad)
+                self.watch.lap()
+            torch.set_num_threads(threads)
+        if dist.is_initialized():
+            dist.barrier()
+
+    def ideal_ms(self) -> list[float]:
+        """Of each step, what a perfect division of the whole among the ranks would take, where this rank timed it.
+
+        GPUs divide it; ranks on a CPU share the cores that the one process had to itself.
+        """
+        divided = dist.get_world_size() if self.device == "cuda" and dist.is_initialized() else 1
+        return [step["step"] / divided for step in self.watch.steps()]
+
+
+def span_of_heads(n: int, tp: Axis) -> tuple[int, int]:
+    """This tp rank's heads of n: an equal part, or the one that it shares with its neighbours."""
+    if n >= tp.size:
+        return tp.span(n)
+    mine = tp.rank * n // tp.size
+    return mine, mine + 1
