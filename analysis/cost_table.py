@@ -1,188 +1,486 @@
-"""The bytes that a training step sends, derived by hand from each strategy's paper.
+"""What a training step sends and keeps, derived by hand from each strategy's paper.
 
-It imports nothing of strategies/ or bench/: a prediction must not be computed by the code that it judges.
+It imports nothing of strategies/ or bench/: a prediction must not be computed by the code that it judges. The formulas
+are plain arithmetic on letters. Give them a configuration's numbers (`Letters.of`) and they return bytes; give them
+sympy's symbols (analysis/symbols.py) and they return the expressions of the printed table.
 
-f = (P-1)/P of a group of P ranks. AG an all_gather of S bytes (its output), RS a reduce_scatter of S (its input): each
-rank sends f S. AR an all_reduce: 2 f S. A2A of a local buffer S: f S. A hop sends what it carries.
+f(P) = (P-1)/P of a group of P ranks. AG an all_gather of S bytes (its output), RS a reduce_scatter of S (its input):
+each rank sends f S. AR an all_reduce: 2 f S. A2A, an all_to_all of a local buffer S: f S. A hop sends what it carries.
 """
 
-from dataclasses import dataclass
-from math import ceil, prod
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from math import ceil
+from numbers import Number
 
 BYTES = {"fp32": (4, 4), "bf16": (2, 2), "bf16_mixed": (4, 2)}  # of a weight (and its gradient), of an activation
 WIDE = 4  # bytes of what is always exchanged in fp32
+SHORT = {"all_gather": "AG", "reduce_scatter": "RS", "all_reduce": "AR", "all_to_all": "A2A", "p2p": "hop"}
 
 
-def f(p: int) -> float:
-    return (p - 1) / p
+def f(p):
+    """The part of a group's data that is not a rank's own."""
+    return 0 if p == 1 else (p - 1) / p
+
+
+def whole(x):
+    """A number rounded up; a symbol as it is."""
+    return ceil(x) if isinstance(x, Number) else x
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What a rank sends in one phase by one kind of collective: so many calls with a payload `of`, so many bytes."""
+
+    phase: str  # forward | recompute | backward | optimizer
+    kind: str
+    of: str
+    calls: object
+    bytes: object
+    weights: bool = False  # weights or their gradients, not activations
+
+    def times(self, n) -> "Sent":
+        return replace(self, calls=n * self.calls, bytes=n * self.bytes)
+
+
+def all_gather(phase: str, p, size, of: str, calls=1, weights: bool = False) -> Sent:
+    return Sent(phase, "all_gather", of, calls, f(p) * size, weights)
+
+
+def reduce_scatter(phase: str, p, size, of: str, calls=1, weights: bool = False) -> Sent:
+    return Sent(phase, "reduce_scatter", of, calls, f(p) * size, weights)
+
+
+def all_reduce(phase: str, p, size, of: str, calls=1, weights: bool = False) -> Sent:
+    return Sent(phase, "all_reduce", of, calls, 2 * f(p) * size, weights)
+
+
+def all_to_all(phase: str, p, size, of: str, calls) -> Sent:
+    return Sent(phase, "all_to_all", of, calls, f(p) * size)
 
 
 @dataclass
-class Step:
+class Letters:
     """One configuration in the letters of the formulas, on the rank with the most sequences."""
 
-    config: dict
+    B: object  # sequences of a dp rank
+    L: object  # tokens of a sequence
+    d: object
+    i: object
+    h: object
+    h_kv: object
+    K: object
+    V: object
+    layers: object
+    dp: object
+    tp: object
+    u: object
+    r: object
+    e: object  # bytes of an activation
+    e_w: object  # of a weight, its gradient, and each of its two moments
+    e_g: object  # of a travelling dK or dV
+    rho: object = 1  # copies of a kv head that ulysses needs
+    kv_shared: object = 1  # tp ranks that share a kv head
+    stage: int = 3
+    recompute: bool = False
+    mlp_chunks: int = 1
+    loss_chunks: int = 1
+    packed: bool = False
+    gather_kv: bool = False
+    tied: bool = False
+    clipping: bool = True
 
-    def __post_init__(self) -> None:
-        c, m, mesh = self.config, self.config["model"], self.config["mesh"]
-        self.dp, self.tp, self.u, self.r = (mesh[axis] for axis in ("dp", "tp", "ulysses", "ring"))
-        self.d, self.i, self.vocab, self.layers = m["dim"], m["ffn_dim"], m["vocab_size"], m["n_layers"]
-        self.d_q, self.d_k = m["n_heads"] * m["head_dim"], m["n_kv_heads"] * m["head_dim"]
-        self.n_kv_heads, self.head_dim, self.tied = m["n_kv_heads"], m["head_dim"], m["tie_embeddings"]
-        self.e_weight, self.e = BYTES[c["precision"]]
-        self.e_grad_kv = WIDE if c["ring"]["grad_dtype"] == "fp32" else self.e
-        self.passes = 2 if c["recompute"] == "block" else 1  # forwards of what a block keeps nothing of
-        self.mlp_passes = 2 if c["mlp"]["chunks"] > 1 else 1
-        self.loss_passes = 2 if c["loss"]["chunks"] > 1 else 1
-        self.stage = c["zero_stage"]
-        sequences = max(1, ceil(c["batch_size"] / self.dp))
-        self.tokens = sequences * c["seq_len"] / (self.u * self.r)  # that a tp group sees, between the attentions
-        self.q, self.kv = self.d_q / self.tp, max(self.d_k / self.tp, self.head_dim)  # a rank's part of a token's q, k
-        self.rho = max(1, self.u / max(1, self.n_kv_heads / self.tp))  # copies of a kv head that ulysses needs
-        self.grad_shards = self.dp * self.u * self.r if self.stage else 1  # once reduced, where ZeRO shards them
-        here = c["seq_len"] // (self.u * self.r * self.tp)
-        self.last_chunk = ((here - 1) % ceil(here / c["mlp"]["chunks"]) + 1) / here  # its part of an MLP's tokens
-        self.world = self.dp * self.tp * self.u * self.r
+    @classmethod
+    def of(cls, config: dict) -> "Letters":
+        """The numbers of a resolved configuration."""
+        model, mesh = config["model"], config["mesh"]
+        e_w, e = BYTES[config["precision"]]
+        h_kv, tp = model["n_kv_heads"], mesh["tp"]
+        return cls(
+            B=max(1, ceil(config["batch_size"] / mesh["dp"])),
+            L=config["seq_len"],
+            d=model["dim"],
+            i=model["ffn_dim"],
+            h=model["n_heads"],
+            h_kv=h_kv,
+            K=model["head_dim"],
+            V=model["vocab_size"],
+            layers=model["n_layers"],
+            dp=mesh["dp"],
+            tp=tp,
+            u=mesh["ulysses"],
+            r=mesh["ring"],
+            e=e,
+            e_w=e_w,
+            e_g=WIDE if config["ring"]["grad_dtype"] == "fp32" else e,
+            rho=max(1, mesh["ulysses"] // max(1, h_kv // tp)),
+            kv_shared=max(1, tp // h_kv),
+            stage=config["zero_stage"],
+            recompute=config["recompute"] == "block",
+            mlp_chunks=config["mlp"]["chunks"],
+            loss_chunks=config["loss"]["chunks"],
+            packed=config["ulysses"]["packed"],
+            gather_kv=config["ring"]["kv"] == "all_gather",
+            tied=model["tie_embeddings"],
+            clipping=config["optim"]["grad_clip"] is not None,
+        )
 
-    def zero(self, shapes: list[tuple[int, ...]], ranks: int) -> float:
-        """Stage 0: AR of the gradients; 1: RS of them, AG of the weights; 2: AG, RS; 3: AG twice, RS.
+    @property
+    def tokens(self):
+        """T: of a tp group, between the attentions."""
+        return self.B * self.L / (self.u * self.r)
 
-        FSDP2 (2 and 3) cuts dim 0 of every weight, and pads it to do so.
-        """
-        if self.stage < 2:
-            return 2 * f(ranks) * sum(prod(shape) for shape in shapes) * self.e_weight
-        padded = sum(ceil(rows / ranks) * ranks * prod(columns) for rows, *columns in shapes)
-        return f(ranks) * padded * ((self.stage - 1) * self.e + self.e_weight)
+    @property
+    def D(self):
+        """Bytes of a tp group's activation."""
+        return self.tokens * self.d * self.e
 
-    def attention_shapes(self, tp: int = 1) -> list[tuple[int, ...]]:
-        kv = max(self.d_k // tp, self.head_dim)
-        return [(self.d_q // tp, self.d), (kv, self.d), (kv, self.d), (self.d, self.d_q // tp)]
+    @property
+    def q(self):
+        """Bytes of a rank's queries."""
+        return self.tokens * self.h * self.K / self.tp * self.e
 
-    def mlp_shapes(self, tp: int = 1) -> list[tuple[int, ...]]:
-        return [(ceil(self.i / tp), self.d)] * 2 + [(self.d, ceil(self.i / tp))]
+    @property
+    def kv(self):
+        """Bytes of a rank's keys, and of its values, copies included."""
+        return self.tokens * self.rho * self.kv_heads * self.K * self.e
 
-    def zero_model(self, mlp: bool = True) -> float:
-        """ZeRO over all ranks with different tokens, of what tp leaves to each, with or without the MLPs."""
-        ranks = self.dp * self.u * self.r
-        norms = [(self.d,), (self.d,)]
-        block = self.attention_shapes(self.tp) + (self.mlp_shapes(self.tp) if mlp else []) + norms
-        vocab = [(ceil(self.vocab / self.tp), self.d)]
-        ends = vocab + [(self.d,)] + ([] if self.tied else vocab)
-        return self.layers * self.zero(block, ranks) + self.zero(ends, ranks)
+    @property
+    def kv_heads(self):
+        """Of a tp rank."""
+        return self.h_kv * self.kv_shared / self.tp
 
+    @property
+    def sharing(self):
+        """Ranks that hold different tokens, over which ZeRO shards."""
+        return self.dp * self.u * self.r
 
-def single(s: Step) -> float:
-    return 0.0
-
-
-def zero(s: Step) -> float:
-    """2 AG(P) + RS(P)."""
-    return s.zero_model()
-
-
-def vocab_loss(s: Step) -> float:
-    """AR of three fp32 numbers a token: its highest logit, its sum of exponentials, its label's logit."""
-    return s.loss_passes * 2 * f(s.tp) * 3 * s.tokens * WIDE
-
-
-def shared_kv_heads(s: Step) -> float:
-    """AR, in fp32, of the gradients of k and v weights that rho = tp / n_kv_heads ranks share."""
-    rho = max(1, s.tp // s.n_kv_heads)
-    return s.layers * 2 * f(rho) * ceil(2 * s.head_dim * s.d / s.grad_shards) * WIDE
-
-
-def norms(s: Step) -> float:
-    """AR, in fp32, of the norms' gradients, each of which saw its own tokens only."""
-    return 2 * f(s.tp) * (2 * s.layers + 1) * ceil(s.d / s.grad_shards) * WIDE
-
-
-def tp(s: Step) -> float:
-    """A block: 2 AR(D) forward, 2 AR(D) backward, and one more where recomputation needs attention's output."""
-    block = (4 + s.passes - 1) * 2 * f(s.tp) * s.tokens * s.d * s.e
-    ends = 2 * 2 * f(s.tp) * s.tokens * s.d * s.e  # AR of the embeddings, AR of the gradient of the head's input
-    return s.layers * block + ends + vocab_loss(s) + shared_kv_heads(s) + s.zero_model()
+    def pieces(self, chunks: int, tp) -> tuple[int, object]:
+        """How many pieces a rank's 1/tp of the tokens is cut into, at most `chunks`; which part the last one is."""
+        if chunks == 1:
+            return 1, 1
+        here = self.L // (self.u * self.r * tp)
+        size = ceil(here / chunks)
+        pieces = ceil(here / size)
+        return pieces, (here - (pieces - 1) * size) / here
 
 
-def tp_sp_ends(s: Step) -> float:
-    """RS and AG of the embeddings, 2 AG and RS at the head; in chunks, one AG more."""
-    return f(s.tp) * s.tokens * s.d * (4 + s.loss_passes) * s.e + vocab_loss(s)
+# What a block exchanges beside its weights. Recomputation stops as soon as backward has what it needs.
 
 
-def tp_sp(s: Step) -> float:
-    """A block: 6 AG(D) + 4 RS(D).
+def tp_linears(s: Letters) -> list[Sent]:
+    """Megatron's f and g (Shoeybi et al. 2019, section 3)."""
+    again = int(s.recompute)  # attention's output, not the MLP's
+    return [
+        all_reduce("forward", s.tp, 2 * s.D, "D", 2),
+        all_reduce("recompute", s.tp, again * s.D, "D", again),
+        all_reduce("backward", s.tp, 2 * s.D, "D", 2),
+    ]
 
-    Recomputed, the AG and RS of attention once more, and the AG of the MLP. An MLP in chunks repeats its AG by itself,
-    and leaves to the block's recomputation the AG and RS of all chunks but the last, which the others' inputs need not.
+
+def tp_sp_linears(s: Letters) -> list[Sent]:
+    """Korthikanti et al. 2022, section 4.2.2: what was gathered is gathered again for the weights' gradient, not kept.
+
+    Recomputed are the AG and RS of attention and the AG of the MLP. An MLP in chunks repeats its AG by itself, and
+    leaves to the block's recomputation the AG and RS of all chunks but the last, whose input backward asks for first.
     """
-    again = s.passes - 1
-    mlp_again = again if s.mlp_passes == 1 else 1 + again * 2 * (1 - s.last_chunk)
-    block = (10 + 2 * again + mlp_again) * f(s.tp) * s.tokens * s.d * s.e
-    return s.layers * block + tp_sp_ends(s) + norms(s) + shared_kv_heads(s) + s.zero_model()
+    again, (n, last) = int(s.recompute), s.pieces(s.mlp_chunks, s.tp)
+    if s.mlp_chunks == 1:
+        repeated = [
+            all_gather("recompute", s.tp, 2 * again * s.D, "D", 2 * again),
+            reduce_scatter("recompute", s.tp, again * s.D, "D", again),
+        ]
+    else:
+        others = again * (1 - last)
+        repeated = [
+            all_gather("recompute", s.tp, (again + 1 + others) * s.D, "D", again + n + again * (n - 1)),
+            reduce_scatter("recompute", s.tp, (again + others) * s.D, "D", again * n),  # attention's, and n - 1
+        ]
+    return [
+        all_gather("forward", s.tp, 2 * s.D, "D", 1 + n),
+        reduce_scatter("forward", s.tp, 2 * s.D, "D", 1 + n),
+        *repeated,
+        all_gather("backward", s.tp, 4 * s.D, "D", 2 + 2 * n),
+        reduce_scatter("backward", s.tp, 2 * s.D, "D", 1 + n),
+    ]
 
 
-def exchanges(s: Step) -> float:
-    """Over ulysses: A2A of q, k, v and the output, and of their gradients."""
-    return s.layers * (1 + s.passes) * f(s.u) * s.tokens * (2 * s.q + 2 * s.rho * s.kv) * s.e
+def odysseus_linears(s: Letters) -> list[Sent]:
+    """TP-SP's for attention, none for the MLP (Fang 2024)."""
+    again = int(s.recompute)
+    return [
+        all_gather("forward", s.tp, s.D, "D"),
+        reduce_scatter("forward", s.tp, s.D, "D"),
+        all_gather("recompute", s.tp, again * s.D, "D", again),
+        reduce_scatter("recompute", s.tp, again * s.D, "D", again),
+        all_gather("backward", s.tp, 2 * s.D, "D", 2),
+        reduce_scatter("backward", s.tp, s.D, "D"),
+    ]
 
 
-def hops(s: Step) -> float:
-    """Around the ring: r-1 hops of k and v forward, r-1 of them backward, and r-1 of their gradients.
+def exchanges(s: Letters) -> list[Sent]:
+    """Heads for tokens and back: q, k, v, out, and their gradients (Jacobs et al. 2023, section 3)."""
+    again, calls = int(s.recompute), 2 if s.packed else 4
+    size = 2 * s.q + 2 * s.kv
+    of = "q, k, v, out" if s.packed else "q; k; v; out"
+    return [
+        all_to_all("forward", s.u, size, of, calls),
+        all_to_all("recompute", s.u, again * size, of, again * calls),
+        all_to_all("backward", s.u, size, of, calls),
+    ]
 
-    With ring.kv=all_gather: AG of all k and v forward and backward, RS of their gradients; the same bytes.
+
+def hops(s: Letters) -> list[Sent]:
+    """Keys and values around the ring, in backward again, and their gradients (Liu et al. 2023).
+
+    With ring.kv=all_gather they are gathered, and their gradients reduce-scattered (Llama 3, section 3.3.2).
     """
-    return s.layers * (s.r - 1) * 2 * s.tokens * s.rho * s.kv * ((1 + s.passes) * s.e + s.e_grad_kv)
+    again, n = int(s.recompute), s.r - 1
+    kv, grads = n * 2 * s.kv, n * 2 * s.kv / s.e * s.e_g
+    if s.gather_kv:
+        return [
+            Sent("forward", "all_gather", "k, v", 1, kv),
+            Sent("recompute", "all_gather", "k, v", again, again * kv),
+            Sent("backward", "all_gather", "k, v", 1, kv),
+            Sent("backward", "reduce_scatter", "dk, dv", 1, grads),
+        ]
+    return [
+        Sent("forward", "p2p", "k, v", n, kv),
+        Sent("recompute", "p2p", "k, v", again * n, again * kv),
+        Sent("backward", "p2p", "k, v", n, kv),
+        Sent("backward", "p2p", "dk, dv", n, grads),
+    ]
 
 
-def ulysses(s: Step) -> float:
-    return exchanges(s) + s.zero_model()
+# What the embedding and the head exchange where they split the vocabulary.
 
 
-def ring(s: Step) -> float:
-    return hops(s) + s.zero_model()
+def vocab_loss(s: Letters, pieces: int) -> list[Sent]:
+    """Three fp32 numbers a token: the highest logit; the sum of exponentials and the label's logit."""
+    calls = 2 * pieces
+    size = 3 * s.tokens * WIDE
+    chunked = int(s.loss_chunks > 1)
+    return [
+        all_reduce("forward", s.tp, size, "3 T", calls),
+        all_reduce("recompute", s.tp, chunked * size, "3 T", chunked * calls),
+    ]
 
 
-def usp(s: Step) -> float:
-    return exchanges(s) + hops(s) + s.zero_model()
+def tp_ends(s: Letters) -> list[Sent]:
+    """The embeddings' sum; the gradient of the head's input."""
+    n, _ = s.pieces(s.loss_chunks, 1)
+    return [
+        all_reduce("forward", s.tp, s.D, "D"),
+        all_reduce("backward", s.tp, s.D, "D", n),
+        *vocab_loss(s, n),
+    ]
 
 
-def tp_usp(s: Step) -> float:
-    """TP-SP's linears, with USP's exchanges and hops inside."""
-    return tp_sp(s) + exchanges(s) + hops(s)
+def tp_sp_ends(s: Letters) -> list[Sent]:
+    """The embeddings' sum, split; the head's input gathered, in backward again, and in chunks once more."""
+    chunked, (n, _) = int(s.loss_chunks > 1), s.pieces(s.loss_chunks, s.tp)
+    return [
+        reduce_scatter("forward", s.tp, s.D, "D"),
+        all_gather("forward", s.tp, s.D, "D", n),
+        all_gather("recompute", s.tp, chunked * s.D, "D", chunked * n),
+        all_gather("backward", s.tp, 2 * s.D, "D", 1 + n),
+        reduce_scatter("backward", s.tp, s.D, "D", n),
+        *vocab_loss(s, n),
+    ]
 
 
-def attention_alone(s: Step, backward: bool) -> float:
-    """workload=attention: what is exchanged between the projections of one block."""
-    sent = f(s.u) * s.tokens * (2 * s.q + 2 * s.rho * s.kv) * s.e * (1 + backward)
-    return sent + (s.r - 1) * 2 * s.tokens * s.rho * s.kv * (s.e + backward * (s.e + s.e_grad_kv))
-
-
-def odysseus(s: Step) -> float:
-    """A block: 3 AG(D) + 2 RS(D), AG and RS once more if recomputed; ZeRO for the MLP over all ranks; a ring's hops."""
-    block = (5 + 2 * (s.passes - 1)) * f(s.tp) * s.tokens * s.d * s.e
-    mlp = s.zero(s.mlp_shapes(), s.world)
-    return s.layers * (block + mlp) + hops(s) + tp_sp_ends(s) + norms(s) + shared_kv_heads(s) + s.zero_model(mlp=False)
-
-
-STRATEGIES = {
-    "single": single,
-    "zero": zero,
-    "tp": tp,
-    "tp_sp": tp_sp,
-    "ulysses": ulysses,
-    "ring": ring,
-    "usp": usp,
-    "tp_usp": tp_usp,
-    "odysseus": odysseus,
+BLOCK = {  # strategy -> what its block exchanges: "X is Y with Z" as a table
+    "single": [],
+    "zero": [],
+    "tp": [tp_linears],
+    "tp_sp": [tp_sp_linears],
+    "ulysses": [exchanges],
+    "ring": [hops],
+    "usp": [exchanges, hops],
+    "tp_usp": [tp_sp_linears, exchanges, hops],
+    "odysseus": [odysseus_linears, hops],
 }
+ENDS = {"tp": tp_ends, "tp_sp": tp_sp_ends, "tp_usp": tp_sp_ends, "odysseus": tp_sp_ends}
+SPLIT_BY_TP = ("tp_sp", "tp_usp", "odysseus")  # the norms see 1/tp of the tokens
+
+
+# Weights: which a rank holds, and what ZeRO sends of them.
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tp rank's slice of a matrix or a norm, and how it is cut: by `tp`, as a shared `kv` head, or `not`."""
+
+    rows: object
+    columns: object
+    cut: str
+
+
+def norm(s: Letters) -> Weight:
+    return Weight(s.d, 1, "not")
+
+
+def attention_weights(s: Letters) -> list[Weight]:
+    kv = Weight(s.kv_heads * s.K, s.d, "kv" if s.kv_shared != 1 else "tp")
+    return [Weight(s.h * s.K / s.tp, s.d, "tp"), kv, kv, Weight(s.d, s.h * s.K / s.tp, "tp")]
+
+
+def mlp_weights(s: Letters, tp) -> list[Weight]:
+    wide = whole(s.i / tp)
+    return [Weight(wide, s.d, "tp"), Weight(wide, s.d, "tp"), Weight(s.d, wide, "tp")]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Weights that travel together along an axis of so many ranks, `times` times a model."""
+
+    weights: list[Weight]
+    ranks: object
+    times: object = 1
+    axis: str = "zero"
+
+
+def block_groups(name: str, s: Letters) -> list[Group]:
+    """A block's; Odysseus' MLP is whole on every rank, and sharded over all of them."""
+    if name == "odysseus":
+        rest = [*attention_weights(s), norm(s), norm(s)]
+        return [Group(rest, s.sharing, s.layers), Group(mlp_weights(s, 1), s.sharing * s.tp, s.layers, "world")]
+    return [Group([*attention_weights(s), *mlp_weights(s, s.tp), norm(s), norm(s)], s.sharing, s.layers)]
+
+
+def end_groups(s: Letters) -> list[Group]:
+    table = Weight(whole(s.V / s.tp), s.d, "tp")
+    if s.tied:
+        return [Group([table, norm(s)], s.sharing)]
+    return [Group([table], s.sharing), Group([table, norm(s)], s.sharing)]
+
+
+def zero(group: Group, s: Letters) -> list[Sent]:
+    """Stage 3: AG forward, AG backward, RS. 2: AG, RS. FSDP2 cuts dim 0 of every weight into `ranks` parts, padded.
+
+    Below stage 2: AR of the gradients (0), or RS of them and AG of the weights (1), once a step for the whole model.
+    """
+    p = group.ranks
+    if s.stage < 2:
+        size = sum(w.rows * w.columns for w in group.weights) * s.e_w
+        if s.stage == 0:
+            return [all_reduce("backward", p, size, "P", 0, True)]
+        return [reduce_scatter("backward", p, size, "P", 0, True), all_gather("optimizer", p, size, "P", 0, True)]
+    elements = sum(whole(w.rows / p) * p * w.columns for w in group.weights)
+    lines = [all_gather("forward", p, elements * s.e, "P", weights=True)]
+    if s.stage == 3:
+        lines.append(all_gather("backward", p, elements * s.e, "P", weights=True))
+    return [*lines, reduce_scatter("backward", p, elements * s.e_w, "P", weights=True)]
+
+
+def replicas(groups: list[Group], s: Letters) -> list[Sent]:
+    """Below stage 2: one buffer, padded to equal parts, for all weights that are cut alike, of the same ranks."""
+    alike: dict[tuple, object] = {}
+    for group in groups:
+        for w in group.weights:
+            key = group.axis, group.ranks, w.cut if s.tp != 1 and group.axis == "zero" else "not"
+            alike[key] = alike.get(key, 0) + group.times * w.rows * w.columns
+    lines = []
+    for (_, p, _), elements in alike.items():
+        buffer = Group([Weight(whole(elements / p) * p, 1, "not")], p)
+        lines += [replace(line, calls=1) for line in zero(buffer, s)]
+    return lines
+
+
+def once(name: str, s: Letters) -> list[Sent]:
+    """At a step's end: gradients that tp ranks hold parts of, summed in fp32, and the gradient's norm."""
+    cut = s.sharing if s.stage else 1  # where ZeRO has sharded them already
+    lines = []
+    if name in SPLIT_BY_TP:
+        norms = (2 * s.layers + 1) * whole(s.d / cut)
+        lines.append(all_reduce("backward", s.tp, norms * WIDE, "norms", weights=True))
+    if s.kv_shared != 1:
+        elements = s.layers * whole(2 * s.K * s.d / cut)
+        lines.append(all_reduce("backward", s.kv_shared, elements * WIDE, "kv heads", weights=True))
+    if s.clipping:
+        lines.append(all_reduce("optimizer", s.sharing * s.tp, WIDE, "norm", weights=True))
+    return lines
+
+
+def of_block(name: str, s: Letters) -> list[Sent]:
+    """What one block sends, forward and backward."""
+    lines = [line for part in BLOCK[name] for line in part(s)]
+    if name != "single":
+        lines += [line for group in block_groups(name, s) for line in zero(group, s)]
+    return sent(lines)
+
+
+def of_step(name: str, s: Letters) -> list[Sent]:
+    """What a whole training step sends: blocks, embedding, head, clipping."""
+    lines = [line.times(s.layers) for part in BLOCK[name] for line in part(s)]
+    lines += ENDS[name](s) if name in ENDS else []
+    groups = [*block_groups(name, s), *end_groups(s)]
+    if s.stage < 2:
+        lines += replicas(groups, s)
+    else:
+        lines += [line.times(group.times) for group in groups for line in zero(group, s)]
+    return sent([*lines, *once(name, s)])
+
+
+def of_attention(name: str, s: Letters, backward: bool) -> list[Sent]:
+    """workload=attention: what is exchanged between the projections of one block."""
+    parts = [part for part in BLOCK[name] if part in (exchanges, hops)]
+    phases = ("forward", "backward") if backward else ("forward",)
+    return sent(line for part in parts for line in part(s) if line.phase in phases)
+
+
+def sent(lines: Iterable[Sent]) -> list[Sent]:
+    return [line for line in lines if line.bytes != 0]
+
+
+def total(lines: Iterable[Sent], **wanted):
+    """The bytes of the lines whose fields are as wanted, e.g. phase="forward", weights=True."""
+    return sum(line.bytes for line in lines if all(getattr(line, key) == value for key, value in wanted.items()))
+
+
+# Memory.
+
+
+def saved_by_block(name: str, s: Letters):
+    """Bytes that a block keeps for its backward.
+
+    Between the matrices: both norms' inputs and outputs, each [T, d] (their 1/rms in fp32 beside). In attention q, out,
+    k and v, and the log-sum-exp of every head. In the MLP gate, silu(gate), up and their product, each [T, i].
+    """
+    between = s.tokens if name == "tp" else s.tokens / s.tp
+    if s.recompute:
+        return between * s.d * s.e
+    norms = between * (4 * s.d * s.e + 2 * WIDE)
+    attention = 2 * s.q + 2 * s.kv + s.tokens * s.h / s.tp * WIDE
+    mlp = 0 if s.mlp_chunks > 1 else 4 * s.tokens / s.tp * s.i * s.e
+    return norms + attention + mlp
+
+
+def state(name: str, s: Letters) -> dict[str, object]:
+    """Bytes of params, grads and optimizer that a rank keeps: two moments, and AdamW's step count for every tensor."""
+    groups = [*block_groups(name, s), *end_groups(s)]
+    held, trained, tensors = 0, 0, 0
+    for group in groups:
+        for w in group.weights:
+            kept = w.rows * w.columns if s.stage < 2 else whole(w.rows / group.ranks) * w.columns
+            held += group.times * kept
+            trained += group.times * (w.rows * w.columns / group.ranks if s.stage == 1 else kept)
+            tensors += group.times
+    return {"params": held * s.e_w, "grads": held * s.e_w, "optimizer": 2 * trained * s.e_w + WIDE * tensors}
+
+
+def predicted(config: dict) -> list[Sent] | None:
+    """What a resolved configuration sends in a step; None for a strategy that has no formula here."""
+    name = config["strategy"]["name"]
+    if name not in BLOCK:
+        return None
+    letters = Letters.of(config)
+    if config["workload"] == "attention":
+        return of_attention(name, letters, config["direction"] == "forward_backward")
+    return of_step(name, letters)
 
 
 def step_bytes(config: dict) -> int | None:
-    """The bytes that the busiest rank sends in a training step of a resolved configuration; None without a formula."""
-    formula = STRATEGIES.get(config["strategy"]["name"])
-    if formula is None:
-        return None
-    step = Step(config)
-    if config["workload"] == "attention":
-        return round(attention_alone(step, config["direction"] == "forward_backward"))
-    clipping = config["optim"]["grad_clip"] is not None
-    return round(formula(step) + (2 * f(step.world) * WIDE if clipping else 0))
+    """The bytes that the busiest rank sends in a step of a resolved configuration; None without a formula."""
+    lines = predicted(config)
+    return None if lines is None else round(total(lines))

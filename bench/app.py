@@ -152,7 +152,7 @@ def run_all(jobs: list[Job]) -> list[dict]:
 
 
 def run_each(jobs: list[Job]) -> Iterator[tuple[int, dict]]:
-    """The number of a job and its row, as they are done, with a line for each run: which, how many are left, about how long.
+    """The number of a job and its row, as they are done; a line for each run: which, how many are left, how long.
 
     With rounds, every job runs once before any runs again, so that all meet the same good and bad moments.
     """

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from analysis.cost_table import step_bytes
+from analysis.cost_table import predicted, step_bytes
 from tests import instruments
 from tests.cases import CASES, HEADS, Case
 from tests.ranks import on_ranks
@@ -145,7 +145,8 @@ def test_one_block_sends_what_the_papers_say(case: Case):
         assert max(counted, key=total) == expected, f"{n_kv_heads} kv heads, batch {batch}, {dtype}"
 
 
-def counted_step(rank: int, case: Case, config: dict) -> tuple[float, list[str]]:
+def counted_step(rank: int, case: Case, config: dict) -> tuple[float, Form, list[str]]:
+    """All bytes, and by phase and kind; and the lines that sent them."""
     entries = instruments.ledger(
         case,
         config["model"],
@@ -154,7 +155,12 @@ def counted_step(rank: int, case: Case, config: dict) -> tuple[float, list[str]]
         config["precision"],
         ring_grad_dtype=config["ring"]["grad_dtype"],
     )
-    return sum(round(entry["sent_bytes"]) for entry in entries), [entry["source"] for entry in entries]
+    form: dict = {}
+    for entry in entries:
+        key = entry["phase"], entry["kind"], entry["weights"]
+        calls, sent = form.get(key, (0, 0))
+        form[key] = calls + entry["calls"], sent + entry["sent_bytes"]
+    return sum(round(entry["sent_bytes"]) for entry in entries), form, [entry["source"] for entry in entries]
 
 
 COSTED = [
@@ -192,10 +198,11 @@ def test_a_whole_step_sends_what_the_cost_table_says(case: Case, variation: str)
     config = {
         "strategy": {"name": case.strategy},
         "mesh": case.degrees,
-        "ring": {"layout": "zigzag", "grad_dtype": "fp32", **change.get("ring", {})},
+        "ring": {"layout": "zigzag", "grad_dtype": "fp32", "kv": case.kv, **change.get("ring", {})},
         "model": {**SIZES, "n_kv_heads": HEADS["gqa"], "n_layers": 2, "head_dim": 8, **change.get("model", {})},
         "optim": {"grad_clip": 1.0},
         "workload": "step",
+        "ulysses": {"packed": case.packed},
         "seq_len": 32,
         "batch_size": change.get("batch_size", 2),
         "precision": change.get("precision", "fp32"),
@@ -204,8 +211,16 @@ def test_a_whole_step_sends_what_the_cost_table_says(case: Case, variation: str)
         "loss": {"chunks": case.loss_chunks},
         "zero_stage": case.zero_stage,
     }
-    sent, sources = max(on_ranks(4, counted_step, case, config))
+    sent, form, sources = max(on_ranks(4, counted_step, case, config), key=lambda counted: counted[0])
     assert sent == pytest.approx(step_bytes(config), abs=4)  # uneven parts are rounded one by one
+    expected: dict = {}
+    for line in predicted(config):
+        key = line.phase, line.kind, line.weights
+        calls, so_far = expected.get(key, (0, 0))
+        expected[key] = calls + line.calls, so_far + line.bytes
+    assert form.keys() == expected.keys()
+    for key, (calls, size) in expected.items():
+        assert form[key] == (calls, pytest.approx(size, abs=4)), key
     assert set(sources) - {"harness"}, "no line of a strategy was found"
     for source in sources:
         named = source.startswith(("strategies/", "zero")) or source == "harness"
