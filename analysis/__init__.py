@@ -1,1 +1,5 @@
-"""What the records mean: predictions made without the strategies' code, and readers of what was measured."""
+"""The analytic cost table, and reading, comparing and drawing what was recorded. Needs no torch."""
+
+
+class UserError(Exception):
+    """What a user should change, in one sentence."""

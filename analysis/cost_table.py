@@ -373,18 +373,17 @@ def zero(group: Group, s: Letters) -> list[Sent]:
     return [*lines, reduce_scatter("backward", p, elements * s.e_w, "P", weights=True)]
 
 
-def replicas(groups: list[Group], s: Letters) -> list[Sent]:
-    """Below stage 2: one buffer, padded to equal parts, for all weights that are cut alike, of the same ranks."""
+def buffers(groups: list[Group], s: Letters) -> list[tuple[object, object]]:
+    """Below stage 2: one buffer for all weights that are cut alike and shared by the same ranks: ranks, elements.
+
+    It is padded to equal parts.
+    """
     alike: dict[tuple, object] = {}
     for group in groups:
         for w in group.weights:
             key = group.axis, group.ranks, w.cut if s.tp != 1 and group.axis == "zero" else "not"
             alike[key] = alike.get(key, 0) + group.times * w.rows * w.columns
-    lines = []
-    for (_, p, _), elements in alike.items():
-        buffer = Group([Weight(whole(elements / p) * p, 1, "not")], p)
-        lines += [replace(line, calls=1) for line in zero(buffer, s)]
-    return lines
+    return [(p, whole(elements / p) * p) for (_, p, _), elements in alike.items()]
 
 
 def once(name: str, s: Letters) -> list[Sent]:
@@ -416,7 +415,8 @@ def of_step(name: str, s: Letters) -> list[Sent]:
     lines += ENDS[name](s) if name in ENDS else []
     groups = [*block_groups(name, s), *end_groups(s)]
     if s.stage < 2:
-        lines += replicas(groups, s)
+        for p, elements in buffers(groups, s):
+            lines += [replace(line, calls=1) for line in zero(Group([Weight(elements, 1, "not")], p), s)]
     else:
         lines += [line.times(group.times) for group in groups for line in zero(group, s)]
     return sent([*lines, *once(name, s)])
@@ -451,21 +451,35 @@ def saved_by_block(name: str, s: Letters):
     if s.recompute:
         return between * s.d * s.e
     norms = between * (4 * s.d * s.e + 2 * WIDE)
-    attention = 2 * s.q + 2 * s.kv + s.tokens * s.h / s.tp * WIDE
+    out = 2 if exchanges in BLOCK[name] and s.u != 1 else 1  # as attention made it, and as it came home
+    attention = (1 + out) * s.q + 2 * s.kv + s.tokens * s.h / s.tp * WIDE
     mlp = 0 if s.mlp_chunks > 1 else 4 * s.tokens / s.tp * s.i * s.e
     return norms + attention + mlp
 
 
-def state(name: str, s: Letters) -> dict[str, object]:
+def saved_by_ends(name: str, s: Letters):
+    """Bytes that the embedding, the head and the loss keep: tokens, the norm's in and out, probabilities in fp32.
+
+    And the tables of rotary angles, a cosine and a sine for every position and dim of a head.
+    """
+    between = s.tokens if name == "tp" else s.tokens / s.tp
+    probabilities = 0 if s.loss_chunks > 1 else s.tokens * s.V / s.tp * WIDE
+    rope = 2 * s.tokens / s.B * s.K * s.e
+    return between * (2 * s.d * s.e + WIDE) + probabilities + rope + s.tokens * 8
+
+
+def state(name: str, s: Letters, ends: bool = True) -> dict[str, object]:
     """Bytes of params, grads and optimizer that a rank keeps: two moments, and AdamW's step count for every tensor."""
-    groups = [*block_groups(name, s), *end_groups(s)]
-    held, trained, tensors = 0, 0, 0
-    for group in groups:
-        for w in group.weights:
-            kept = w.rows * w.columns if s.stage < 2 else whole(w.rows / group.ranks) * w.columns
-            held += group.times * kept
-            trained += group.times * (w.rows * w.columns / group.ranks if s.stage == 1 else kept)
-            tensors += group.times
+    groups = block_groups(name, s) + (end_groups(s) if ends else [])
+    if s.stage < 2:
+        parts = [(elements, elements / p if s.stage == 1 else elements, 1) for p, elements in buffers(groups, s)]
+    else:
+        parts = []
+        for group in groups:
+            for w in group.weights:
+                shard = group.times * whole(w.rows / group.ranks) * w.columns
+                parts.append((shard, shard, group.times))
+    held, trained, tensors = (sum(column) for column in zip(*parts, strict=True))
     return {"params": held * s.e_w, "grads": held * s.e_w, "optimizer": 2 * trained * s.e_w + WIDE * tensors}
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 from models.config import ModelConfig
@@ -39,7 +40,30 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+        weight = self.weight.to(x.dtype)
+        if x.is_cuda:
+            return F.rms_norm(x, x.shape[-1:], weight, self.eps)
+        return Normalized.apply(x, weight, self.eps)
+
+
+class Normalized(Function):
+    """RMSNorm that keeps its input and 1/rms, as torch's CUDA kernel does; torch's CPU form keeps x / rms too."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return (wide * inverse).to(x.dtype) * weight
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight, inverse = ctx.saved_tensors
+        normal = x * inverse  # in inverse's dtype, at least fp32
+        grad_weight = (grad * normal).flatten(0, -2).sum(0)
+        grad = grad * weight.to(inverse.dtype)
+        grad_x = (grad - normal * (grad * normal).mean(-1, keepdim=True)) * inverse
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
 class Attention(nn.Module):

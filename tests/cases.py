@@ -101,3 +101,23 @@ def cases(world_size: int) -> list[Case]:
 
 CASES = [Case("single"), *cases(2), *cases(4), *cases(8)]
 HEADS = {"mha": 8, "gqa": 4, "few_kv": 2}  # n_kv_heads of 8 heads; few_kv: fewer than most degrees
+
+
+def config_of(case: Case, sizes: dict, batch_size: int, seq_len: int, precision: str = "fp32", **changes) -> dict:
+    """A case as the resolved configuration that the cost table reads."""
+    return {
+        "strategy": {"name": case.strategy},
+        "mesh": case.degrees,
+        "ring": {"layout": case.layout, "grad_dtype": changes.get("ring_grad_dtype", "fp32"), "kv": case.kv},
+        "ulysses": {"packed": case.packed},
+        "model": {"head_dim": sizes["dim"] // sizes["n_heads"], "tie_embeddings": False, **sizes},
+        "mlp": {"chunks": case.mlp_chunks},
+        "loss": {"chunks": case.loss_chunks},
+        "optim": {"grad_clip": 1.0},
+        "workload": "step",
+        "seq_len": seq_len,
+        "batch_size": batch_size,
+        "precision": precision,
+        "recompute": "block" if case.recompute else "none",
+        "zero_stage": case.zero_stage,
+    }

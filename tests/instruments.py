@@ -46,7 +46,7 @@ def ledger(case: Case, sizes: dict, batch: int, seq_len: int, dtype: str = "fp32
     return [asdict(entry) for entry in book.entries.values()]
 
 
-def peak(rank: int, case: Case, sizes: dict, batch: int, seq_len: int) -> Peak:
+def peak(rank: int, case: Case, sizes: dict, batch: int, seq_len: int, dtype: str = "fp32") -> Peak:
     """The memory log's peak of one step, on this rank."""
-    training, placed = train(case, sizes, batch, seq_len)
+    training, placed = train(case, sizes, batch, seq_len, dtype)
     return Peak(**log_memory(training, placed, "cpu"))

@@ -11,7 +11,7 @@ import pytest
 
 from analysis.cost_table import predicted, step_bytes
 from tests import instruments
-from tests.cases import CASES, HEADS, Case
+from tests.cases import CASES, HEADS, Case, config_of
 from tests.ranks import on_ranks
 
 SIZES = {"dim": 64, "n_heads": 8, "ffn_dim": 96, "vocab_size": 64, "tie_embeddings": False}
@@ -181,7 +181,7 @@ VARIATIONS = {
     "chunks": {"case": {"mlp_chunks": 3, "loss_chunks": 3}},
     "chunks, recomputed": {"case": {"mlp_chunks": 2, "loss_chunks": 2, "recompute": True}},
     "bf16_mixed": {"precision": "bf16_mixed"},
-    "bf16, dK and dV too": {"precision": "bf16", "ring": {"grad_dtype": "same"}},
+    "bf16, dK and dV too": {"precision": "bf16", "ring_grad_dtype": "same"},
     **{f"zero_stage {stage}": {"case": {"zero_stage": stage}} for stage in (0, 1, 2)},
     "tied, odd sizes, few kv heads": {
         "model": {"tie_embeddings": True, "vocab_size": 67, "ffn_dim": 100, "n_kv_heads": 2},
@@ -195,22 +195,9 @@ VARIATIONS = {
 def test_a_whole_step_sends_what_the_cost_table_says(case: Case, variation: str):
     change = VARIATIONS[variation]
     case = replace(case, **change.get("case", {}))
-    config = {
-        "strategy": {"name": case.strategy},
-        "mesh": case.degrees,
-        "ring": {"layout": "zigzag", "grad_dtype": "fp32", "kv": case.kv, **change.get("ring", {})},
-        "model": {**SIZES, "n_kv_heads": HEADS["gqa"], "n_layers": 2, "head_dim": 8, **change.get("model", {})},
-        "optim": {"grad_clip": 1.0},
-        "workload": "step",
-        "ulysses": {"packed": case.packed},
-        "seq_len": 32,
-        "batch_size": change.get("batch_size", 2),
-        "precision": change.get("precision", "fp32"),
-        "recompute": "block" if case.recompute else "none",
-        "mlp": {"chunks": case.mlp_chunks},
-        "loss": {"chunks": case.loss_chunks},
-        "zero_stage": case.zero_stage,
-    }
+    sizes = {**SIZES, "n_kv_heads": HEADS["gqa"], "n_layers": 2, **change.get("model", {})}
+    precision, grad_dtype = change.get("precision", "fp32"), change.get("ring_grad_dtype", "fp32")
+    config = config_of(case, sizes, change.get("batch_size", 2), 32, precision, ring_grad_dtype=grad_dtype)
     sent, form, sources = max(on_ranks(4, counted_step, case, config), key=lambda counted: counted[0])
     assert sent == pytest.approx(step_bytes(config), abs=4)  # uneven parts are rounded one by one
     expected: dict = {}

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from analysis.cost_table import Letters, saved_by_block, state
 from tests import instruments
-from tests.cases import Case
+from tests.cases import Case, config_of
 from tests.ranks import on_ranks
 
 SIZES = {"dim": 128, "n_layers": 3, "n_heads": 8, "n_kv_heads": 8, "ffn_dim": 256, "vocab_size": 256}
@@ -60,6 +61,9 @@ def test_zero_keeps_what_its_stage_promises(case: Case, stage: int, single):
         for part in ("params", "grads", "optimizer"):
             share = N if part in STAGES[stage] else 1
             assert getattr(peak, part) == pytest.approx(getattr(single, part) / share, rel=0.01), part
+        letters = Letters.of(config_of(replace(case, zero_stage=stage), SIZES, 1, SEQ_LEN))
+        kept = {part: getattr(peak, part) for part in ("params", "grads", "optimizer")}
+        assert kept == state(case.strategy, letters)
 
 
 def test_tp_keeps_whole_activations_between_the_matrices(single):
@@ -149,3 +153,19 @@ def test_the_log_misses_only_what_gloo_stages_itself(case: Case):
 
 def test_the_parts_are_the_peak(single):
     assert single.total == sum(getattr(single, part) for part in vars(single) if part != "total")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", [Case("single"), Case("zero", dp=N), Case("tp", tp=N), *SPLIT], ids=str)
+def test_a_block_keeps_what_the_cost_table_says(case: Case, dtype: str):
+    """To the byte: what a third layer adds to the activations at the peak."""
+    sizes = {"dim": 64, "n_heads": 8, "n_kv_heads": 2, "ffn_dim": 96, "vocab_size": 128}
+    peaks = []
+    for n_layers in (3, 2):
+        args = case, {**sizes, "n_layers": n_layers}, 4, 256, dtype
+        ranks = [instruments.peak(0, *args)] if case.world_size == 1 else on_ranks(N, instruments.peak, *args)
+        peaks.append(max(ranks, key=lambda peak: peak.total))
+    letters = Letters.of(config_of(case, {**sizes, "n_layers": 3}, 4, 256, dtype))
+    assert peaks[0].activations - peaks[1].activations == saved_by_block(case.strategy, letters)
+    for part, size in state(case.strategy, letters).items():
+        assert getattr(peaks[0], part) == size, part

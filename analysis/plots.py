@@ -1,0 +1,389 @@
+"""The pictures of a report. Each function draws one from a sweep, or raises Unavailable and says why not.
+
+Every axis has a unit, every strategy its colour and marker (analysis/colours.py), and a title says what to look for.
+"""
+
+from collections.abc import Callable
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from analysis.colours import KINDS, PARTS, colour, marker
+from analysis.reading import AXES, VARIANTS, Sweep
+
+MIB = 2**20
+plt.rcParams.update(
+    {
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": "#e5e5e5",
+        "axes.axisbelow": True,
+        "legend.frameon": False,
+        "svg.hashsalt": "playground",  # the same picture is the same file
+    }
+)
+MOST_BARS = 24  # a picture with more is not read
+
+
+class Unavailable(Exception):
+    """Why the sweep's data does not allow a picture, in one sentence."""
+
+
+def tokens(n: float, _=None) -> str:
+    """512, 64K, 1M"""
+    for size, unit in ((2**20, "M"), (2**10, "K")):
+        if n >= size and n % size == 0:
+            return f"{n / size:g}{unit}"
+    return f"{n:g}"
+
+
+def style(label: str, strategy: str, lines: dict[str, int]) -> dict:
+    """Colour and marker of the strategy; a strategy's further variants are dashed."""
+    lines[strategy] = lines.get(strategy, -1) + 1
+    dashes = ["-", "--", ":", "-."][lines[strategy] % 4]
+    return {"color": colour(strategy), "marker": marker(strategy), "linestyle": dashes, "label": label, "markersize": 5}
+
+
+def loss_curves(sweep: Sweep) -> Figure:
+    """All losses over each other: they must coincide. Below, how far each is from the first."""
+    curves: dict[tuple, list] = {}
+    for _, row in sweep.ok.iterrows():
+        if isinstance(row.get("losses"), list) and row.losses:
+            key = row.model, row.seq_len, row.batch_size, len(row.losses), row.precision
+            curves.setdefault(key, []).append(row)
+    if not curves:
+        raise Unavailable("Loss curves: no record holds the losses of its steps.")
+    key = max(curves, key=lambda key: (len({row.label for row in curves[key]}), key[1]))
+    rows = curves[key]
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(7.5, 5), sharex=True, height_ratios=(2, 1), layout="constrained"
+    )
+    reference = np.array(rows[0].losses)
+    steps = np.arange(1, len(reference) + 1)
+    worst = 0.0
+    lines: dict[str, int] = {}
+    for n, row in enumerate(rows):
+        losses = np.array(row.losses)
+        far = np.abs(losses - reference) / np.abs(reference)
+        worst = max(worst, far.max())
+        how = style(row.label, row.strategy, lines)
+        if len(rows) > MOST_BARS:
+            how["label"] = None
+        top.plot(steps, losses, **how, linewidth=max(0.8, 5 - 4 * n / len(rows)), alpha=0.7)
+        bottom.plot(steps, np.maximum(far, 1e-9), **{**how, "label": None}, linewidth=1)
+    top.set_ylabel("loss (nats a token)")
+    several = f", {len(rows)} configurations" if len(rows) > MOST_BARS else ""
+    top.set_title(f"One model, one loss at seq_len={key[1]}{several}: the largest distance is {worst:.1e}", loc="left")
+    if len(rows) <= MOST_BARS:
+        top.legend(ncols=2, fontsize=7)
+    bottom.set_yscale("log")
+    bottom.set_ylabel(f"distance from\n{rows[0].label}")
+    bottom.set_xlabel("step")
+    bottom.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
+    return figure
+
+
+def group_but(rows: pd.DataFrame, column: str, *also: str) -> list[tuple[str, pd.DataFrame]]:
+    """Rows that differ in `column` alone (and in what else is named), each under a label, sorted by it."""
+    fixed = [c for c in ("strategy", *AXES, "world_size", *VARIANTS) if c != column and c not in also]
+    keys = [tuple(map(str, values)) for values in rows[fixed].to_numpy()]
+    return [(part.label.iloc[0], part.sort_values(column)) for _, part in rows.groupby(pd.Series(keys, rows.index), sort=False)]
+
+
+def time_and_throughput(sweep: Sweep) -> Figure:
+    """Step time and tokens/s against the sequence length; where a line ends for want of memory, a cross."""
+    timed = sweep.ok[sweep.ok.step_ms_median.notna()]
+    if timed.seq_len.nunique() < 2:
+        raise Unavailable("Time against sequence length: the sweep has timed rows at fewer than two lengths.")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    lines: dict[str, int] = {}
+    out = sweep.rows[sweep.rows.status == "oom"]
+    for label, part in group_but(timed, "seq_len"):
+        how = style(label, part.strategy.iloc[0], lines)
+        spread = [part.step_ms_median - part.step_ms_p10, part.step_ms_p90 - part.step_ms_median]
+        axes[0].errorbar(part.seq_len, part.step_ms_median, yerr=spread, capsize=2, linewidth=1.2, **how)
+        axes[1].plot(part.seq_len, part.tokens_per_s, linewidth=1.2, **how)
+        lost = out[(out.label == label) & (out.seq_len > part.seq_len.max())]
+        if not lost.empty:
+            axes[0].annotate(
+                "out of memory", (part.seq_len.iloc[-1], part.step_ms_median.iloc[-1]), fontsize=7, color="#b00000"
+            )
+    for ax, what in zip(axes, ("step time (ms), median, p10 to p90", "tokens/s over all ranks"), strict=True):
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(sorted(timed.seq_len.unique()))
+        ax.xaxis.set_major_formatter(FuncFormatter(tokens))
+        ax.minorticks_off()
+        ax.set_xlabel("sequence length (tokens)")
+        ax.set_ylabel(what)
+        ax.set_ylim(bottom=0)
+    axes[0].set_title("Step time: lower is better", loc="left")
+    axes[1].set_title("Throughput: higher is better", loc="left")
+    axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def longest(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows at the longest sequence that most strategies reached, no more than a picture can hold."""
+    reached = rows.groupby("seq_len").strategy.nunique()
+    length = max(reached[reached == reached.max()].index)
+    return rows[rows.seq_len == length]
+
+
+def bars(rows: pd.DataFrame, value: str) -> tuple[pd.DataFrame, str]:
+    """Rows for a bar each: all, or per strategy those with the least and the most; and a note of what was left out."""
+    if len(rows) <= MOST_BARS:
+        return rows, ""
+    ordered = rows.sort_values(value)
+    few = pd.concat([ordered.groupby("strategy", sort=False).head(1), ordered.groupby("strategy", sort=False).tail(1)])
+    few = few[~few.index.duplicated()]
+    few = rows.loc[[i for i in rows.index if i in few.index]]
+    return few, f"; of {len(rows)} configurations each strategy's least and most"
+
+
+def memory_parts(sweep: Sweep) -> Figure:
+    """The peak as a stack of its parts."""
+    rows = sweep.ok[sweep.ok.peak_bytes.notna()] if "peak_bytes" in sweep.ok else sweep.ok.head(0)
+    if rows.empty:
+        raise Unavailable("Memory: no row has a peak.")
+    rows, left_out = bars(longest(rows), "peak_bytes")
+    figure, ax = plt.subplots(figsize=(8.5, 1.3 + 0.3 * len(rows)), layout="constrained")
+    unit, name = (2**30, "GiB") if rows.peak_bytes.max() > 2**31 else (MIB, "MiB")
+    left = np.zeros(len(rows))
+    for part, shade in PARTS.items():
+        sizes = rows[f"{part}_bytes"].to_numpy(dtype=float) / unit
+        ax.barh(rows.label, sizes, left=left, color=shade, label={"param": "params", "grad": "grads"}.get(part, part))
+        left += sizes
+    if "capacity_bytes" in rows and rows.capacity_bytes.notna().any():
+        capacity = rows.capacity_bytes.max() / unit
+        ax.axvline(capacity, color="#b00000", linestyle="--", label=f"capacity {capacity:.0f} {name}")
+    ax.invert_yaxis()
+    ax.set_xlabel(f"peak memory of the fullest rank ({name})")
+    ax.set_title(f"What fills the memory at seq_len={rows.seq_len.iloc[0]:,}{left_out}", loc="left")
+    ax.legend(ncols=6, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.9 / (1.3 + 0.3 * len(rows))))
+    return figure
+
+
+def bytes_sent(sweep: Sweep) -> Figure:
+    """What was counted, stacked by collective, and over it the formula's total as a mark."""
+    rows = sweep.ok[(sweep.ok.comm_bytes > 0)]
+    if rows.empty:
+        raise Unavailable("Bytes sent: no row sent anything.")
+    if not sweep.comm:
+        raise Unavailable("Bytes sent by collective: the folder has no comm.csv beside its records.")
+    rows, left_out = bars(longest(rows), "comm_bytes")
+    figure, ax = plt.subplots(figsize=(8.5, 1.3 + 0.3 * len(rows)), layout="constrained")
+    unit, name = (1e9, "GB") if rows.comm_bytes.max() > 2e9 else (MIB, "MiB")
+    left = np.zeros(len(rows))
+    for kind, shade in KINDS.items():
+        sizes = np.array([sum(e["sent_bytes"] for e in sweep.comm[r] if e["kind"] == kind) for r in rows.run_id]) / unit
+        if sizes.any():
+            ax.barh(rows.label, sizes, left=left, color=shade, label=kind)
+        left += sizes
+    analytic = rows[rows.analytic_comm_bytes.notna()]
+    ax.scatter(
+        analytic.analytic_comm_bytes / unit,
+        analytic.label,
+        marker="|",
+        s=160,
+        color="#000000",
+        label="analytic",
+        zorder=3,
+    )
+    ax.invert_yaxis()
+    ax.set_xlabel(f"sent by the busiest rank in a step ({name})")
+    ax.set_title(f"Counted bytes end where the formula says, at seq_len={rows.seq_len.iloc[0]:,}{left_out}", loc="left")
+    ax.legend(ncols=6, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.9 / (1.3 + 0.3 * len(rows))))
+    return figure
+
+
+def ulysses_by_ring(sweep: Sweep) -> Figure:
+    """Step time of every ulysses x ring, relative to the best; illegal cells hatched."""
+    grid = sweep.rows[
+        sweep.rows.strategy.isin(["usp", "tp_usp"]) & sweep.rows.ulysses.notna() & sweep.rows.ring.notna()
+    ]
+    timed = grid[(grid.status == "ok") & grid.step_ms_median.notna()]
+    if timed.drop_duplicates(["ulysses", "ring"]).shape[0] < 3:
+        raise Unavailable("Ulysses x ring: the sweep has fewer than three meshes of usp.")
+    strategy = "usp" if (timed.strategy == "usp").any() else "tp_usp"
+    grid, timed = grid[grid.strategy == strategy], timed[timed.strategy == strategy]
+    best = timed.step_ms_median.min()
+    widths, rings = sorted(grid.ulysses.astype(int).unique()), sorted(grid.ring.astype(int).unique())
+    figure, ax = plt.subplots(figsize=(2.2 + 1.1 * len(rings), 1.6 + 0.8 * len(widths)), layout="constrained")
+    cells = np.full((len(widths), len(rings)), np.nan)
+    for y, x in np.ndindex(cells.shape):
+        here = timed[(timed.ulysses == widths[y]) & (timed.ring == rings[x])]
+        if not here.empty:
+            cells[y, x] = here.step_ms_median.min() / best
+    image = ax.imshow(cells, cmap="viridis_r", vmin=1, vmax=max(1.01, np.nanmax(cells)))
+    for y, x in np.ndindex(cells.shape):
+        here = grid[(grid.ulysses == widths[y]) & (grid.ring == rings[x])]
+        if not np.isnan(cells[y, x]):
+            middle = (1 + np.nanmax(cells)) / 2
+            ax.text(
+                x, y, f"{cells[y, x]:.2f}", ha="center", va="center", color="white" if cells[y, x] > middle else "black"
+            )
+        else:
+            ax.add_patch(
+                plt.Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, hatch="///", edgecolor="#aaaaaa", linewidth=0)
+            )
+            said = here.status.iloc[0] if not here.empty else "not run"
+            ax.text(x, y, said, ha="center", va="center", fontsize=7, backgroundcolor="white")
+    ax.set_xticks(range(len(rings)), rings)
+    ax.set_yticks(range(len(widths)), widths)
+    ax.set_xlabel("mesh.ring (ranks)")
+    ax.set_ylabel("mesh.ulysses (ranks)")
+    ax.grid(False)
+    figure.colorbar(image, label="step time / best", shrink=0.8)
+    ax.set_title(f"{strategy}: 1.00 is {best:.1f} ms", loc="left")
+    return figure
+
+
+def scaling(sweep: Sweep, weak: bool) -> Figure:
+    """Tokens/s against ranks: at one length (strong), or at one length a rank (weak)."""
+    timed = sweep.ok[sweep.ok.step_ms_median.notna() & (sweep.ok.strategy != "single")].copy()
+    kind = "Weak" if weak else "Strong"
+    if timed.world_size.nunique() < 2:
+        raise Unavailable(f"{kind} scaling: the sweep has timed rows on fewer than two numbers of ranks.")
+    timed["per_rank"] = timed.seq_len // timed.world_size
+    fixed = "per_rank" if weak else "seq_len"
+    counts = timed.groupby(fixed).world_size.nunique()
+    if counts.max() < 2:
+        raise Unavailable(
+            f"{kind} scaling: no {'length a rank' if weak else 'length'} was run on two numbers of ranks."
+        )
+    chosen = max(counts[counts == counts.max()].index)
+    timed = timed[timed[fixed] == chosen]
+    figure, ax = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    lines: dict[str, int] = {}
+    for strategy, part in timed.groupby("strategy", sort=False):
+        best = part.sort_values("tokens_per_s").groupby("world_size").tail(1).sort_values("world_size")
+        ax.plot(best.world_size, best.tokens_per_s, linewidth=1.2, **style(strategy, strategy, lines))
+    ax.set_xticks(sorted(timed.world_size.unique()))
+    ax.set_xlabel("ranks")
+    ax.set_ylabel("tokens/s over all ranks")
+    ax.set_ylim(bottom=0)
+    ax.legend(fontsize=7)
+    what = f"{chosen:,} tokens a rank" if weak else f"seq_len={chosen:,}"
+    ax.set_title(f"{kind} scaling at {what}, each strategy's best mesh", loc="left")
+    return figure
+
+
+def strong_scaling(sweep: Sweep) -> Figure:
+    return scaling(sweep, weak=False)
+
+
+def weak_scaling(sweep: Sweep) -> Figure:
+    return scaling(sweep, weak=True)
+
+
+def exposed(sweep: Sweep) -> Figure:
+    """Step time as computation and communication that nothing hides."""
+    rows = sweep.ok
+    if "exposed_comm_ms" not in rows or rows.exposed_comm_ms.isna().all():
+        raise Unavailable("Compute and exposed communication: no row has exposed_comm_ms.")
+    rows, left_out = bars(longest(rows[rows.exposed_comm_ms.notna()]), "step_ms_median")
+    figure, ax = plt.subplots(figsize=(8, 1.3 + 0.3 * len(rows)), layout="constrained")
+    compute = rows.step_ms_median - rows.exposed_comm_ms
+    ax.barh(rows.label, compute, color="#0072b2", label="computation")
+    ax.barh(rows.label, rows.exposed_comm_ms, left=compute, color="#e69f00", label="exposed communication")
+    ax.invert_yaxis()
+    ax.set_xlabel("step time (ms)")
+    ax.set_title(f"What communication costs at seq_len={rows.seq_len.iloc[0]:,}{left_out}", loc="left")
+    ax.legend(fontsize=7)
+    return figure
+
+
+def pareto(sweep: Sweep) -> Figure:
+    """Time against memory; the configurations that nothing beats in both are named."""
+    rows = sweep.ok[sweep.ok.step_ms_median.notna()]
+    rows = rows[rows.peak_bytes.notna()] if "peak_bytes" in rows else rows.head(0)
+    if rows.empty:
+        raise Unavailable("Time against memory: no row has both.")
+    rows = longest(rows)
+    if len(rows) < 2:
+        raise Unavailable("Time against memory: one configuration alone has no trade to show.")
+    figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for strategy, part in rows.groupby("strategy", sort=False):
+        ax.scatter(
+            part.peak_bytes / MIB, part.step_ms_median, color=colour(strategy), marker=marker(strategy), label=strategy
+        )
+    front = front_of(rows)
+    ax.plot(
+        front.peak_bytes / MIB, front.step_ms_median, color="#999999", linewidth=1, zorder=0, drawstyle="steps-post"
+    )
+    for n, (_, row) in enumerate(front.iterrows()):
+        ax.annotate(
+            row.label,
+            (row.peak_bytes / MIB, row.step_ms_median),
+            xytext=(6, 8 + 11 * (n % 3)),
+            textcoords="offset points",
+            fontsize=7,
+            arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.6},
+        )
+    ax.set_xlabel("peak memory of the fullest rank (MiB)")
+    ax.set_ylabel("step time (ms)")
+    ax.set_ylim(bottom=0)
+    ax.margins(x=0.15)
+    ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.set_title(f"Nothing is both faster and smaller than those named (seq_len={rows.seq_len.iloc[0]:,})", loc="left")
+    return figure
+
+
+def front_of(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows that no other beats in both step time and peak memory, by memory."""
+    front, fastest = [], float("inf")
+    for index, row in rows.sort_values(["peak_bytes", "step_ms_median"]).iterrows():
+        if row.step_ms_median < fastest:
+            front.append(index)
+            fastest = row.step_ms_median
+    return rows.loc[front]
+
+
+PLOTS: dict[str, tuple[Callable[[Sweep], Figure], str]] = {
+    "loss_curves": (
+        loss_curves,
+        "Every strategy trains the same model on the same tokens, so the curves lie on each other.",
+    ),
+    "time_and_throughput": (
+        time_and_throughput,
+        "Medians over the timed steps of the slowest rank; bars reach from p10 to p90.",
+    ),
+    "memory_parts": (
+        memory_parts,
+        "Params, grads and optimizer are the rank's share of the state; activations were kept "
+        "from forward for backward; the rest is gathered weights and buffers.",
+    ),
+    "bytes_sent": (
+        bytes_sent,
+        "Bars are what the ledger counted on the busiest rank, by collective; the black mark is the "
+        "formula of the cost table.",
+    ),
+    "ulysses_by_ring": (ulysses_by_ring, "How ranks are best divided between trading heads and travelling keys, here."),
+    "strong_scaling": (strong_scaling, "The same work on more ranks."),
+    "weak_scaling": (weak_scaling, "Work that grows with the ranks."),
+    "exposed": (
+        exposed,
+        "Exposed is what the step takes longer than the same step with collectives that return at once.",
+    ),
+    "pareto": (pareto, "Left is smaller, down is faster."),
+}
+
+
+def draw_all(sweep: Sweep) -> tuple[dict[str, Figure], list[str]]:
+    """Every picture that the data allows, and a sentence for each that it does not."""
+    figures, left_out = {}, []
+    for name, (draw, _) in PLOTS.items():
+        try:
+            figures[name] = draw(sweep)
+        except Unavailable as reason:
+            left_out.append(str(reason))
+    return figures, left_out
