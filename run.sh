@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# ./run.sh        set up, run the sweep `quickstart`, say where the results are
+# ./run.sh        set up, run the sweep `quickstart`, write its report: runs/quickstart/report/index.html
 # ./run.sh test   set up, run the tests
 # ./run.sh gpu    with the Python and torch that are already here: the CUDA tests and one timing sweep
 set -euo pipefail
@@ -20,13 +20,22 @@ set_up() {
     export PATH="$PWD/.venv/bin:$PATH"
 }
 
+# The report's pages are tested in a real browser: Debian's chromium, or the one that CHROMIUM names.
+find_browser() {
+    if [ -z "${CHROMIUM:-}" ] && ! command -v chromium > /dev/null; then
+        echo "no chromium here: the tests of the report's pages will be skipped (apt-get install chromium)" >&2
+    fi
+}
+
 case "${1:-quickstart}" in
     quickstart)
         set_up
         python -m bench -m sweep=quickstart rerun=all
+        python -m analysis report runs/quickstart
         ;;
     test)
         set_up
+        find_browser
         ruff check .
         ruff format --check .
         python -m pytest "${@:2}"

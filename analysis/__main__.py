@@ -2,8 +2,11 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from analysis import UserError
+
+SOURCES_FROM = (Path("runs/quickstart"), Path("runs/reference/quickstart"))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,15 +23,48 @@ def parser() -> argparse.ArgumentParser:
         metavar="key=value",
         help="model=llama3_8b seq_len=65536 world_size=8 ...: values and crossovers instead of formulas",
     )
+
+    report = commands.add_parser("report", help="runs/NAME/report/: one page, pictures, results.csv with the formulas")
+    report.add_argument("folder", type=Path, metavar="runs/NAME")
+
+    sources = commands.add_parser("sources", help="strategies side by side, with the bytes that each line sent")
+    sources.add_argument("strategies", nargs="+", metavar="STRATEGY")
+    sources.add_argument("--run", type=Path, metavar="runs/NAME", help="the sweep whose comm.csv gives the bytes")
+    sources.add_argument("--out", type=Path, metavar="FILE", help="default: the run's report/sources.html")
+
+    compare = commands.add_parser("compare", help="two sweeps of the same configurations: faster, slower, bigger")
+    compare.add_argument("a", type=Path, metavar="runs/A")
+    compare.add_argument("b", type=Path, metavar="runs/B")
     return main
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The exit code."""
-    from analysis.table import printed
+    """The exit code: 1 if something could not be read or a count differs from its formula."""
+    if arguments.command == "table":
+        from analysis.table import printed
 
-    print(printed(arguments.format, arguments.overrides))
-    return 0
+        print(printed(arguments.format, arguments.overrides))
+        return 0
+    if arguments.command == "sources":
+        from analysis.sources import write
+
+        measured = arguments.run or next((run for run in SOURCES_FROM if run.is_dir()), None)
+        out = arguments.out or (measured / "report" if measured else Path("runs")) / "sources.html"
+        print(write(arguments.strategies, measured, out))
+        return 0
+    if arguments.command == "compare":
+        from analysis.compare import printed
+
+        text, problems = printed(arguments.a, arguments.b)
+        print(text)
+    else:
+        from analysis.report import write
+
+        problems = write(arguments.folder)
+        print(arguments.folder / "report" / "index.html")
+    for problem in problems:
+        print(f"analysis: {problem}", file=sys.stderr)
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Every axis has a unit, every strategy its colour and marker (analysis/colours.py), and a title says what to look for.
 """
 
+import textwrap
 from collections.abc import Callable
 
 import matplotlib
@@ -96,7 +97,10 @@ def group_but(rows: pd.DataFrame, column: str, *also: str) -> list[tuple[str, pd
     """Rows that differ in `column` alone (and in what else is named), each under a label, sorted by it."""
     fixed = [c for c in ("strategy", *AXES, "world_size", *VARIANTS) if c != column and c not in also]
     keys = [tuple(map(str, values)) for values in rows[fixed].to_numpy()]
-    return [(part.label.iloc[0], part.sort_values(column)) for _, part in rows.groupby(pd.Series(keys, rows.index), sort=False)]
+    return [
+        (part.label.iloc[0], part.sort_values(column))
+        for _, part in rows.groupby(pd.Series(keys, rows.index), sort=False)
+    ]
 
 
 def time_and_throughput(sweep: Sweep) -> Figure:
@@ -146,7 +150,7 @@ def bars(rows: pd.DataFrame, value: str) -> tuple[pd.DataFrame, str]:
     few = pd.concat([ordered.groupby("strategy", sort=False).head(1), ordered.groupby("strategy", sort=False).tail(1)])
     few = few[~few.index.duplicated()]
     few = rows.loc[[i for i in rows.index if i in few.index]]
-    return few, f"; of {len(rows)} configurations each strategy's least and most"
+    return few, f"\n(of {len(rows)} configurations, each strategy's least and most)"
 
 
 def memory_parts(sweep: Sweep) -> Figure:
@@ -167,7 +171,7 @@ def memory_parts(sweep: Sweep) -> Figure:
         ax.axvline(capacity, color="#b00000", linestyle="--", label=f"capacity {capacity:.0f} {name}")
     ax.invert_yaxis()
     ax.set_xlabel(f"peak memory of the fullest rank ({name})")
-    ax.set_title(f"What fills the memory at seq_len={rows.seq_len.iloc[0]:,}{left_out}", loc="left")
+    ax.set_title(f"What fills the memory at seq_len={int(rows.seq_len.iloc[0]):,}{left_out}", loc="left")
     ax.legend(ncols=6, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.9 / (1.3 + 0.3 * len(rows))))
     return figure
 
@@ -200,7 +204,9 @@ def bytes_sent(sweep: Sweep) -> Figure:
     )
     ax.invert_yaxis()
     ax.set_xlabel(f"sent by the busiest rank in a step ({name})")
-    ax.set_title(f"Counted bytes end where the formula says, at seq_len={rows.seq_len.iloc[0]:,}{left_out}", loc="left")
+    ax.set_title(
+        f"Counted bytes end where the formula says, at seq_len={int(rows.seq_len.iloc[0]):,}{left_out}", loc="left"
+    )
     ax.legend(ncols=6, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.9 / (1.3 + 0.3 * len(rows))))
     return figure
 
@@ -217,7 +223,7 @@ def ulysses_by_ring(sweep: Sweep) -> Figure:
     grid, timed = grid[grid.strategy == strategy], timed[timed.strategy == strategy]
     best = timed.step_ms_median.min()
     widths, rings = sorted(grid.ulysses.astype(int).unique()), sorted(grid.ring.astype(int).unique())
-    figure, ax = plt.subplots(figsize=(2.2 + 1.1 * len(rings), 1.6 + 0.8 * len(widths)), layout="constrained")
+    figure, ax = plt.subplots(figsize=(2.4 + 1.25 * len(rings), 1.6 + 0.95 * len(widths)), layout="constrained")
     cells = np.full((len(widths), len(rings)), np.nan)
     for y, x in np.ndindex(cells.shape):
         here = timed[(timed.ulysses == widths[y]) & (timed.ring == rings[x])]
@@ -233,10 +239,11 @@ def ulysses_by_ring(sweep: Sweep) -> Figure:
             )
         else:
             ax.add_patch(
-                plt.Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, hatch="///", edgecolor="#aaaaaa", linewidth=0)
+                plt.Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, hatch="///", edgecolor="#dddddd", linewidth=0)
             )
-            said = here.status.iloc[0] if not here.empty else "not run"
-            ax.text(x, y, said, ha="center", va="center", fontsize=7, backgroundcolor="white")
+            said = here.reason.iloc[0] if not here.empty else "not run"
+            said = "\n".join(textwrap.wrap(said, 20, max_lines=6, placeholder=" ..."))
+            ax.text(x, y, said, ha="center", va="center", fontsize=5.5)
     ax.set_xticks(range(len(rings)), rings)
     ax.set_yticks(range(len(widths)), widths)
     ax.set_xlabel("mesh.ring (ranks)")
@@ -297,7 +304,7 @@ def exposed(sweep: Sweep) -> Figure:
     ax.barh(rows.label, rows.exposed_comm_ms, left=compute, color="#e69f00", label="exposed communication")
     ax.invert_yaxis()
     ax.set_xlabel("step time (ms)")
-    ax.set_title(f"What communication costs at seq_len={rows.seq_len.iloc[0]:,}{left_out}", loc="left")
+    ax.set_title(f"What communication costs at seq_len={int(rows.seq_len.iloc[0]):,}{left_out}", loc="left")
     ax.legend(fontsize=7)
     return figure
 
@@ -320,21 +327,17 @@ def pareto(sweep: Sweep) -> Figure:
     ax.plot(
         front.peak_bytes / MIB, front.step_ms_median, color="#999999", linewidth=1, zorder=0, drawstyle="steps-post"
     )
-    for n, (_, row) in enumerate(front.iterrows()):
-        ax.annotate(
-            row.label,
-            (row.peak_bytes / MIB, row.step_ms_median),
-            xytext=(6, 8 + 11 * (n % 3)),
-            textcoords="offset points",
-            fontsize=7,
-            arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.6},
-        )
+    for n, (_, row) in enumerate(front.iterrows(), 1):
+        where = row.peak_bytes / MIB, row.step_ms_median
+        ax.annotate(str(n), where, xytext=(-9, -9), textcoords="offset points", fontsize=8, fontweight="bold")
+    named = "\n".join(f"{n} {label}" for n, label in enumerate(front.label, 1))
+    ax.text(1.02, 0.02, named, transform=ax.transAxes, fontsize=7.5, va="bottom")
     ax.set_xlabel("peak memory of the fullest rank (MiB)")
     ax.set_ylabel("step time (ms)")
     ax.set_ylim(bottom=0)
     ax.margins(x=0.15)
-    ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    ax.set_title(f"Nothing is both faster and smaller than those named (seq_len={rows.seq_len.iloc[0]:,})", loc="left")
+    ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    ax.set_title(f"Nothing beats those numbered in both, at seq_len={int(rows.seq_len.iloc[0]):,}", loc="left")
     return figure
 
 

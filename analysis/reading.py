@@ -23,6 +23,10 @@ NEEDED = (
     "comm_bytes",
     "analytic_comm_bytes",
 )
+MEASURED = (
+    *("step_ms_p10", "step_ms_p90", "tokens_per_s", "peak_bytes", "activation_bytes", "param_bytes", "grad_bytes"),
+    *("optimizer_bytes", "other_bytes", "comm_bytes_params", "comm_bytes_activations", "loss_last"),
+)
 AXES = ("dp", "tp", "ulysses", "ring")
 VARIANTS = {  # column -> what it is where nothing is said of it
     "ring_layout": None,
@@ -75,12 +79,14 @@ def load(folder: Path) -> Sweep:
     if missing and (rows.status == "ok").any() if "status" in rows else missing:
         where = folder / ("*/record.json" if records else "results.csv")
         problems.append(f"{where}: no column {', '.join(missing)}, it was written by an older version")
-    for column in (*NEEDED, *TEXT, *AXES, *VARIANTS):
+    for column in (*NEEDED, *MEASURED, *TEXT, *AXES, *VARIANTS):
         if column not in rows:
             rows[column] = None
     if "ok" not in set(rows.status):
         counts = ", ".join(f"{n} {status}" for status, n in rows.status.value_counts().items())
         problems.append(f"{folder}: no configuration ended well ({counts})")
+    for column in rows.columns.intersection([*AXES, "world_size", "seq_len"]).union(measures(rows)):
+        rows[column] = pd.to_numeric(rows[column], errors="coerce")
     rows["label"] = labels(rows)
     comm = (
         {run_id: read_comm(folder / run_id / "comm.csv", problems) for run_id in rows[rows.status == "ok"].run_id}
@@ -88,6 +94,12 @@ def load(folder: Path) -> Sweep:
         else {}
     )
     return Sweep(folder, rows, records, comm, problems)
+
+
+def measures(rows: pd.DataFrame) -> list[str]:
+    """The columns that hold a measured number, by how they are named."""
+    marks = ("_bytes", "bytes_", "_ms", "ms_", "_per_", "calls_", "loss_", "share_of_")
+    return [column for column in rows if any(mark in column for mark in marks) and column != "round_ms"]
 
 
 def read_records(folder: Path, problems: list[str]) -> dict[str, dict]:

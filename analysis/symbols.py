@@ -1,6 +1,7 @@
 """The cost table's rows in sympy's symbols: every strategy and variant, in the order of strategies/."""
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import sympy
 
@@ -58,6 +59,7 @@ def rows() -> list[Row]:
     return sorted(found, key=lambda row: order.index(row.strategy))
 
 
+@cache
 def neat(expression) -> sympy.Expr:
     """Factored; a sum of products stays a sum."""
     expression = sympy.sympify(expression)

@@ -1,0 +1,297 @@
+"""runs/NAME/report/: index.html, self-contained; results.csv with the analytic columns; every picture as PNG and SVG.
+
+Published, derived and counted stand side by side; where derived and counted differ the page says so in red, and the
+command exits with 1.
+"""
+
+import base64
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from markupsafe import Markup
+
+from analysis import UserError, sources, symbols
+from analysis.colours import colour
+from analysis.cost_table import BLOCK, SHORT, Letters, predicted, state, total
+from analysis.plots import PLOTS, draw_all, front_of, longest
+from analysis.published import PUBLISHED
+from analysis.reading import Sweep, load, mesh
+from analysis.table import written
+from analysis.templates import TEMPLATES
+
+MIB = 2**20
+
+
+def cell(value, shape: str, column: str = "") -> Markup:
+    """A number's table cell: as it is read, and as it is in results.csv."""
+    if value is None or pd.isna(value):
+        return Markup('<td class="n" data-value="">-</td>')
+    text = f"{value / MIB:,.2f}" if shape == "MiB" else shape.format(value)
+    return Markup('<td class="n" data-column="{}" data-value="{}">{}</td>').format(column, value, text)
+
+
+PHASES = {"forward": ("forward",), "backward": ("recompute", "backward"), "optimizer": ("optimizer",)}
+
+
+def write(folder: Path) -> list[str]:
+    """Write the report of a sweep; returns its problems, a sentence each, mismatches among them."""
+    sweep = load(folder)
+    target = folder / "report"
+    (target / "plots").mkdir(parents=True, exist_ok=True)
+    audits = audit_all(sweep)
+    strategies = [name for name in dict.fromkeys(sweep.ok.strategy) if name in BLOCK and name != "single"]
+    if sweep.comm and strategies:
+        try:
+            sources.write(strategies, folder, target / "sources.html")
+        except UserError as error:
+            sweep.problems.append(str(error))
+    sweep.problems += [f"{a.label}, seq_len={a.seq_len}: {fault}" for a in audits for fault in a.faults]
+    figures, left_out = draw_all(sweep)
+    pictures = []
+    for name, figure in figures.items():
+        figure.savefig(target / "plots" / f"{name}.png", dpi=120, metadata={"Software": None})
+        svg = io.BytesIO()
+        figure.savefig(svg, format="svg", metadata={"Date": None})
+        (target / "plots" / f"{name}.svg").write_bytes(svg.getvalue())
+        pictures.append({"name": name, "caption": PLOTS[name][1], "svg": base64.b64encode(svg.getvalue()).decode()})
+        plt.close(figure)
+    with_analytic(sweep, audits).to_csv(target / "results.csv", index=False)
+    page = TEMPLATES.get_template("report.html").render(
+        sweep=sweep,
+        cell=cell,
+        facts=facts(sweep),
+        answers=answers(sweep),
+        results=results(sweep),
+        audits=audits,
+        comparisons=comparisons(sweep, audits),
+        pictures=pictures,
+        left_out=left_out,
+        failures=failures(sweep),
+        sources_page="sources.html" if (target / "sources.html").exists() else None,
+    )
+    (target / "index.html").write_text(page)
+    return sweep.problems
+
+
+# Derived against counted.
+
+
+@dataclass
+class Audit:
+    """One configuration's prediction beside its count, by phase and kind of collective; and of its state."""
+
+    run_id: str
+    label: str
+    strategy: str
+    seq_len: int
+    lines: list[dict]
+    kept: list[dict]
+    derived: float
+    counted: int
+    faults: list[str]
+
+
+def audit_all(sweep: Sweep) -> list[Audit]:
+    """Of every configuration that has a formula and a count."""
+    audits = []
+    for _, row in sweep.ok.iterrows():
+        config = sweep.records.get(row.run_id, {}).get("config")
+        if not config or not (sweep.comm.get(row.run_id) or row.comm_bytes == 0):
+            continue
+        try:
+            lines = predicted(config)
+        except KeyError as error:
+            sweep.problems.append(
+                f"{sweep.folder / row.run_id / 'record.json'}: its configuration has no {error}, it was written by an "
+                "older version"
+            )
+            continue
+        if lines is not None:
+            audits.append(audit(row, config, lines, sweep.comm[row.run_id]))
+    return audits
+
+
+def audit(row, config: dict, lines: list, comm: list[dict]) -> Audit:
+    table, faults = [], []
+    for phase, phases in PHASES.items():
+        for kind, short in SHORT.items():
+            derived = [line for line in lines if line.phase in phases and line.kind == kind]
+            counted = [entry for entry in comm if entry["phase"] in phases and entry["kind"] == kind]
+            if not derived and not counted:
+                continue
+            calls = sum(line.calls for line in derived), sum(entry["calls"] for entry in counted)
+            sizes = sum(line.bytes for line in derived), sum(entry["sent_bytes"] for entry in counted)
+            exact = calls[0] == calls[1] and abs(sizes[0] - sizes[1]) <= len(counted)  # each entry is a rounded number
+            table.append(
+                {"phase": phase, "kind": short, "calls": calls, "bytes": (round(sizes[0]), sizes[1]), "exact": exact}
+            )
+            if not exact:
+                faults.append(
+                    f"{phase} {kind} was derived as {calls[0]} calls of {sizes[0]:,.0f} bytes in all and counted as "
+                    f"{calls[1]} calls of {sizes[1]:,} bytes"
+                )
+    kept = []
+    if config["workload"] == "step":
+        for part, size in state(config["strategy"]["name"], Letters.of(config)).items():
+            measured = row[{"params": "param_bytes", "grads": "grad_bytes", "optimizer": "optimizer_bytes"}[part]]
+            kept.append({"part": part, "derived": round(size), "counted": int(measured), "exact": size == measured})
+    return Audit(
+        row.run_id, row.label, row.strategy, int(row.seq_len), table, kept, total(lines), int(row.comm_bytes), faults
+    )
+
+
+def with_analytic(sweep: Sweep, audits: list[Audit]) -> pd.DataFrame:
+    """The rows again, with what was derived for them and the ratio of counted to derived."""
+    rows = sweep.rows.drop(columns=["label", "config", "losses", "round_ms", "traceback"], errors="ignore").copy()
+    derived = {a.run_id: a for a in audits}
+    rows["derived_comm_bytes"] = [round(derived[r].derived) if r in derived else None for r in rows.run_id]
+    analytic = pd.to_numeric(rows.derived_comm_bytes).fillna(rows.analytic_comm_bytes)
+    rows["counted_by_derived"] = (rows.comm_bytes / analytic).where(analytic > 0)
+    for phase in PHASES:
+        rows[f"derived_comm_bytes_{phase}"] = [
+            sum(line["bytes"][0] for line in derived[r].lines if line["phase"] == phase) if r in derived else None
+            for r in rows.run_id
+        ]
+    return rows
+
+
+def comparisons(sweep: Sweep, audits: list[Audit]) -> list[dict]:
+    """Per strategy: what was published, the derived formula, and one configuration's numbers, derived and counted."""
+    found = []
+    rows = {(row.strategy, row.variant): row for row in symbols.rows()}
+    for strategy in dict.fromkeys(a.strategy for a in audits):
+        of_this = [a for a in audits if a.strategy == strategy]
+        example = max(of_this, key=lambda a: a.seq_len)
+        plain = rows.get((strategy, ""))
+        lines = symbols.of_block(strategy, plain.letters)
+        found.append(
+            {
+                "strategy": strategy,
+                "colour": colour(strategy),
+                "published": PUBLISHED.get(strategy, []),
+                "forward": symbols.collectives(lines, "forward"),
+                "backward": symbols.collectives(lines, "backward", "optimizer"),
+                "activations": written(symbols.activations(plain), "text"),
+                "weights": written(symbols.weights(plain), "text"),
+                "example": example,
+                "all_exact": not any(a.faults for a in of_this),
+                "number": len(of_this),
+            }
+        )
+    return found
+
+
+# What a reader wants to know first.
+
+
+def facts(sweep: Sweep) -> list[tuple[str, str]]:
+    """Where and when this was measured."""
+    rows = sweep.rows
+    said = []
+    for column, name in (("device_name", "device"), ("backend", "collectives"), ("model", "model"), ("mode", "mode")):
+        if column in rows and (values := [str(v) for v in rows[column].dropna().unique() if str(v)]):
+            said.append((name, ", ".join(values)))
+    if "torch_version" in rows and len(versions := rows.torch_version.dropna().unique()):
+        said.append(("torch", ", ".join(map(str, versions))))
+    if "git_sha" in rows and len(shas := [s for s in rows.git_sha.dropna().unique() if s]):
+        dirty = " with changes" if "git_dirty" in rows and rows.git_dirty.fillna(False).astype(bool).any() else ""
+        said.append(("commit", ", ".join(str(s)[:10] for s in shas) + dirty))
+    times = sorted(t for t in rows.started_at.dropna() if t)
+    if times:
+        said.append(("measured", f"{times[0][:16].replace('T', ' ')} to {times[-1][:16].replace('T', ' ')} UTC"))
+    counts = rows.status.value_counts()
+    said.append(("configurations", ", ".join(f"{n} {status}" for status, n in counts.items())))
+    return said
+
+
+def answers(sweep: Sweep) -> list[str]:
+    """Which is fastest, which is smallest, which sends least, and what it would cost to choose otherwise."""
+    if sweep.ok.empty:
+        return ["Nothing was measured: no configuration ended well. The reasons are below."]
+    said = []
+    rows = longest(sweep.ok)
+    at = f"At seq_len={int(rows.seq_len.iloc[0]):,}"
+    timed = rows[rows.step_ms_median.notna()].sort_values("step_ms_median")
+    if len(timed):
+        split = timed[timed.strategy != "single"]
+        best = split.iloc[0] if len(split) else timed.iloc[0]
+        sentence = (
+            f"{at} the fastest is {best.label}: {best.step_ms_median:.1f} ms a step, {best.tokens_per_s:,.0f} tokens/s"
+        )
+        ties = split[(split.step_ms_p10 <= best.step_ms_p90) & (split.run_id != best.run_id)]
+        if len(ties):
+            names = ", ".join(ties.label.head(3)) + (f" and {len(ties) - 3} more" if len(ties) > 3 else "")
+            sentence += f"; no clear winner over {names}, whose p10 to p90 overlaps"
+        said.append(sentence + ".")
+        alone = timed[timed.strategy == "single"]
+        if len(alone) and alone.step_ms_median.iloc[0] < best.step_ms_median:
+            said.append(
+                f"One process with all cores needs {alone.step_ms_median.iloc[0]:.1f} ms: these ranks share one "
+                "machine's cores, so their times say what the strategies cost each other, not what more machines bring."
+            )
+    if "peak_bytes" in rows and rows.peak_bytes.notna().any():
+        small = rows.loc[rows.peak_bytes.idxmin()]
+        large = rows.loc[rows.peak_bytes.idxmax()]
+        said.append(
+            f"{at} the smallest is {small.label}: {size(small.peak_bytes)} on its fullest rank, of which "
+            f"{small.activation_bytes / small.peak_bytes:.0%} are activations; the largest is {large.label} with "
+            f"{size(large.peak_bytes)}."
+        )
+        if "capacity_bytes" in rows and rows.capacity_bytes.notna().any():
+            capacity = rows.capacity_bytes.max()
+            fit = rows[rows.peak_bytes <= capacity]
+            said.append(f"Of {len(rows)} configurations there, {len(fit)} fit into {size(capacity)}.")
+    senders = rows[rows.comm_bytes > 0].sort_values("comm_bytes")
+    if len(senders):
+        least, most = senders.iloc[0], senders.iloc[-1]
+        said.append(
+            f"{at} {least.label} sends least, {size(least.comm_bytes)} a step from its busiest rank, and {most.label} "
+            f"most, {size(most.comm_bytes)} ({most.comm_bytes / least.comm_bytes:.1f} times as much)."
+        )
+        fast = timed[timed.strategy != "single"]
+        if len(fast) and "comm_bytes_params" in rows:
+            f = fast.iloc[0]
+            said.append(
+                f"The fastest has to send {size(f.comm_bytes)}: {size(f.comm_bytes_params)} of weights and their "
+                f"gradients, the same at every length, and {size(f.comm_bytes_activations)} of activations, which grow "
+                "with the sequence."
+            )
+    if len(timed) > 1 and "peak_bytes" in timed and timed.peak_bytes.notna().all():
+        said.append(
+            f"Worth choosing between, since nothing is both faster and smaller: {', '.join(front_of(timed).label)}."
+        )
+    lost = sweep.rows[sweep.rows.status == "oom"]
+    if len(lost):
+        said.append(
+            f"Out of memory: {', '.join(f'{r.label} at {int(r.seq_len):,}' for _, r in lost.head(8).iterrows())}."
+        )
+    return said
+
+
+def size(n: float) -> str:
+    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if n >= unit:
+            return f"{n / unit:.2f} {name}"
+    return f"{n:.0f} B"
+
+
+def results(sweep: Sweep) -> list[dict]:
+    """The rows of the table: what is shown, and the numbers as they are in results.csv."""
+    table = []
+    for _, row in sweep.ok.iterrows():
+        exact = row.comm_bytes == row.analytic_comm_bytes
+        name = row.label if mesh(row) in row.label else f"{row.label} {mesh(row)}"
+        table.append({"row": row, "name": name, "colour": colour(row.strategy), "exact": exact})
+    return table
+
+
+def failures(sweep: Sweep) -> list[dict]:
+    """Rows that did not end well, those with the same reason together."""
+    lost = sweep.rows[sweep.rows.status != "ok"]
+    groups = []
+    for (status, reason), part in lost.groupby(["status", "reason"], sort=False):
+        groups.append({"status": status, "reason": reason, "number": len(part), "labels": list(part.label)[:4]})
+    return groups

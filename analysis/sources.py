@@ -1,0 +1,286 @@
+"""Strategies side by side: their own source in columns, section by section, and at each line what it sent.
+
+    python -m analysis sources tp_sp odysseus ulysses [--run runs/NAME] [--out FILE]
+
+The source is read as text, never imported. What a strategy inherits is shown where it counts, marked with the file that
+it comes from. Bytes are those of comm.csv of one measured step, divided by the number of blocks where a line belongs to
+a block.
+"""
+
+import ast
+import re
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from textwrap import dedent
+
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import PythonLexer
+
+from analysis import UserError
+from analysis.colours import colour
+from analysis.cost_table import BLOCK, SHORT, Letters, of_block, total
+from analysis.reading import Sweep, load, mesh
+from analysis.templates import TEMPLATES
+
+ROOT = Path(__file__).parents[1]
+SECTIONS = {  # title -> the methods and functions that it shows, in this order
+    "split": ("split",),
+    "shard": ("shard", "shard_mlp"),
+    "attention": ("attention", "core_attention", "to_heads"),
+    "mlp": ("mlp",),
+    "embedding, head": ("embed", "loss"),
+    "what must divide by what": ("degrees", "rules"),
+}
+LEADING = re.compile(r"^(<[^>]*>)?\s+")
+IN_BLOCK = ("attention", "core_attention", "to_heads", "mlp")
+
+
+@dataclass
+class Module:
+    """A strategy's file: its text, its card, its class's parent, and where every method and function stands."""
+
+    path: str  # strategies/x.py
+    lines: list[str]
+    card: list[tuple[str, str]]
+    title: str
+    parent: str | None  # the strategies/y.py that holds the class inherited from
+    imported: dict[str, str]  # a name -> the strategies/y.py that it comes from
+    spans: dict[str, tuple[int, int]]
+
+
+@cache
+def module(path: str) -> Module:
+    text = (ROOT / path).read_text()
+    tree = ast.parse(text)
+    imported = {
+        alias.asname or alias.name: f"{node.module.replace('.', '/')}.py"
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("strategies.") and "ops" not in node.module
+        for alias in node.names
+    }
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    own = classes[-1]
+    spans = {node.name: span(node) for node in [*tree.body, *own.body] if isinstance(node, ast.FunctionDef)}
+    base = own.bases[0].id if own.bases else None
+    title, card = read_card(ast.get_docstring(tree) or "")
+    return Module(path, text.splitlines(), card, title, imported.get(base), imported, spans)
+
+
+def span(node: ast.FunctionDef) -> tuple[int, int]:
+    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+    return first, node.end_lineno
+
+
+def read_card(docstring: str) -> tuple[str, list[tuple[str, str]]]:
+    """The first sentence, and the card's lines as (name, text)."""
+    title, _, rest = docstring.partition("\n")
+    card: list[tuple[str, str]] = []
+    for line in rest.splitlines():
+        if line.strip() and not line.startswith(" "):
+            name, text = line[:16].strip(), line[16:].strip()
+            card.append((name, text))
+        elif line.strip():
+            card[-1] = (card[-1][0], f"{card[-1][1]} {line.strip()}")
+    return title, card
+
+
+def find(path: str, name: str) -> Module | None:
+    """The module that holds a strategy's method or helper: its own, its parent's, or one that it imports it from."""
+    here: str | None = path
+    while here:
+        found = module(here)
+        if name in found.spans:
+            return found
+        if name in found.imported:
+            return module(found.imported[name])
+        here = found.parent
+    return None
+
+
+@dataclass
+class Chip:
+    """What one line sent in one direction by one kind of collective."""
+
+    arrow: str
+    kind: str
+    calls: str
+    bytes: float
+
+    @property
+    def text(self) -> str:
+        return f"{self.arrow} {self.calls}{SHORT[self.kind]} {size(self.bytes)}"
+
+
+@dataclass
+class Line:
+    number: int
+    html: str  # without its leading blanks
+    indent: int
+    chips: list[Chip] = field(default_factory=list)
+    counterpart: str = ""
+
+
+@dataclass
+class Part:
+    """A method as it is shown: its lines, and the file that it is inherited from, if it is."""
+
+    name: str
+    lines: list[Line]
+    inherited: str | None
+
+
+@dataclass
+class Column:
+    """A strategy: its card, its parts by section, and the step that its numbers are from."""
+
+    strategy: str
+    colour: str
+    title: str
+    card: list[tuple[str, str]]
+    measured: str
+    sums: list[tuple[str, str, str, bool]]  # what, counted, derived, are they equal
+    sections: dict[str, list[Part]]
+
+
+def size(n: float) -> str:
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if n >= unit:
+            return f"{n / unit:.3g} {name}"
+    return f"{n:.0f} B"
+
+
+def column(strategy: str, sweep: Sweep | None) -> Column:
+    path = f"strategies/{strategy}.py"
+    own = module(path)
+    run = measured_row(strategy, sweep)
+    sent, sums, where = ({}, [], "") if run is None else counted(path, run, sweep)
+    sections = {}
+    for title, names in SECTIONS.items():
+        sections[title] = [part for name in names if (part := shown(path, name, sent)) is not None]
+    return Column(
+        strategy, colour(strategy), own.title.partition(": ")[2] or own.title, own.card, where, sums, sections
+    )
+
+
+def shown(path: str, name: str, sent: dict[tuple[str, int], dict]) -> Part | None:
+    holder = find(path, name)
+    if holder is None or (holder.path == "strategies/base.py" and name == "degrees"):
+        return None
+    first, last = holder.spans[name]
+    source = dedent("\n".join(holder.lines[first - 1 : last]))
+    html = highlight(source, PythonLexer(stripnl=False), HtmlFormatter(nowrap=True)).split("\n")
+    lines = []
+    for offset, (text, marked) in enumerate(zip(source.split("\n"), html, strict=False)):
+        line = Line(first + offset, LEADING.sub(r"\1", marked), len(text) - len(text.lstrip()))
+        on_it = sent.get((holder.path, line.number), {})
+        for (direction, kind), (calls, amount) in sorted(on_it.items(), reverse=True):
+            times = "" if calls == 1 else f"{calls:g} "
+            line.chips.append(Chip("→" if direction == "forward" else "←", kind, times, amount))
+        if line.chips:
+            line.counterpart = counterpart(name, text)
+        lines.append(line)
+    return Part(name, lines, holder.path if holder.path != path else None)
+
+
+def counterpart(name: str, text: str) -> str:
+    """The place in a strategy that this line stands at: what another strategy sends there is its counterpart."""
+    if "ring_attention(" in text:
+        return "around the ring"
+    side = "after" if text.strip().startswith("return") else "before"
+    if name in ("attention", "core_attention", "to_heads"):
+        return "before attention" if name == "to_heads" else f"{side} attention"
+    return f"{side} the MLP" if name == "mlp" else name
+
+
+def measured_row(strategy: str, sweep: Sweep | None):
+    """The row whose bytes are shown: the strategy's longest plain training step of the sweep."""
+    if sweep is None:
+        return None
+    rows = sweep.ok[(sweep.ok.strategy == strategy) & (sweep.ok.run_id.map(lambda run: bool(sweep.comm.get(run))))]
+    rows = rows[rows.run_id.map(lambda run: sweep.records[run]["config"].get("workload", "step") == "step")]
+    if rows.empty:
+        return None
+    plain = rows[(rows.zero_stage == 3) & (rows.recompute == "none")]
+    rows = rows if plain.empty else plain
+    return rows.loc[rows.seq_len.idxmax()]
+
+
+def counted(path: str, row, sweep: Sweep) -> tuple[dict, list, str]:
+    """What each line sent: (file, line) -> (direction, kind) -> [calls, bytes]; the block's sums; what was measured."""
+    record = sweep.records[row.run_id]
+    layers = record["config"]["model"]["n_layers"]
+    sent: dict[tuple[str, int], dict] = {}
+    of_activations = of_weights = 0.0
+    for entry in sweep.comm[row.run_id]:
+        place = placed(path, entry["source"])
+        if place is None:
+            continue
+        file, line, name = place
+        shares = layers if name in IN_BLOCK or entry["source"].startswith("zero3 blocks.") else 1
+        direction = "forward" if entry["phase"] == "forward" else "backward"
+        if name == "shard" and entry["source"].startswith("zero3") and "blocks." not in entry["source"]:
+            continue  # embedding and head: shown is a block's share
+        slot = sent.setdefault((file, line), {}).setdefault((direction, entry["kind"]), [0, 0.0])
+        slot[0] += entry["calls"] / shares
+        slot[1] += entry["sent_bytes"] / shares
+        if name in IN_BLOCK:
+            of_activations += entry["sent_bytes"] / shares
+        elif entry["source"].startswith("zero3 blocks."):
+            of_weights += entry["sent_bytes"] / shares
+    lines = of_block(row.strategy, Letters.of(record["config"])) if row.strategy in BLOCK else []
+    sums = []
+    for what, amount, weights in (("activations", of_activations, False), ("weights", of_weights, True)):
+        derived = total(lines, weights=weights)
+        sums.append((what, size(amount), size(derived), abs(amount - derived) <= len(sweep.comm[row.run_id])))
+    where = (
+        f"model {row.model}, {mesh(row) or 'one process'}, seq_len={int(row.seq_len):,}, batch {int(row.batch_size)}"
+    )
+    return sent, sums, f"{where}, {row.precision}"
+
+
+def placed(path: str, source: str) -> tuple[str, int, str] | None:
+    """The line that a source of comm.csv is shown at: file, number and the method or function around it."""
+    if source.startswith("zero"):
+        for name in ("shard_mlp", "shard"):
+            holder = find(path, name)
+            if holder is None or (name == "shard_mlp") != source.endswith(".mlp"):
+                continue
+            first, last = holder.spans[name]
+            for number in range(first, last + 1):
+                if "self.zero" in holder.lines[number - 1]:
+                    return holder.path, number, name
+        return None
+    file, _, number = source.partition(":")
+    if not number.isdigit():
+        return None
+    holder = module(file)
+    for name, (first, last) in holder.spans.items():
+        if first <= int(number) <= last:
+            return file, int(number), name
+    raise UserError(f"{source} is no line of a strategy's method any more: measure the run again with today's files")
+
+
+def write(strategies: list[str], run: Path | None, out: Path) -> Path:
+    """The page. Raises UserError for a strategy without a file, and for a run that cannot be read."""
+    known = sorted(p.stem for p in (ROOT / "strategies").glob("*.py") if p.stem not in ("__init__", "base"))
+    for strategy in strategies:
+        if strategy not in known:
+            raise UserError(f"there is no strategies/{strategy}.py; there are {', '.join(known)}")
+    sweep = load(run) if run is not None else None
+    if sweep is not None and not sweep.comm:
+        raise UserError(f"{run}: no comm.csv beside its records, so no line's bytes are known")
+    columns = [column(strategy, sweep) for strategy in strategies]
+    silent = [c.strategy for c in columns if sweep is not None and not c.measured and c.strategy != "single"]
+    page = TEMPLATES.get_template("sources.html").render(
+        columns=columns,
+        sections=[title for title in SECTIONS if any(c.sections[title] for c in columns)],
+        card_lines=[name for name, _ in columns[0].card],
+        run=run,
+        silent=silent,
+        pygments_css=HtmlFormatter(style="friendly").get_style_defs(".code"),
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page)
+    return out

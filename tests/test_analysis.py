@@ -1,0 +1,351 @@
+"""The cost table in print, and the report: its numbers, its refusals, its pages in a real browser."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import sympy
+
+from analysis import UserError, symbols
+from analysis.cost_table import BLOCK, Letters, of_block, of_step, saved_by_block, state, total
+from analysis.report import write
+from analysis.table import configuration, crossovers, letters, printed
+from bench import app
+from strategies import STRATEGIES
+from tests.jobs import job
+
+ROOT = Path(__file__).parents[1]
+
+
+def analysis(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "analysis", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, env=environment)
+
+
+# The table.
+
+
+def test_the_table_has_every_strategy_in_the_order_of_the_folder():
+    assert list(BLOCK) == list(STRATEGIES)
+    rows = symbols.rows()
+    assert list(dict.fromkeys(row.strategy for row in rows)) == list(STRATEGIES)
+    variants = {row.variant for row in rows}
+    assert {"ulysses.packed", "ring.kv=all_gather", "zero_stage=1", "recompute=block", "with a ring"} <= variants
+
+
+@pytest.mark.parametrize("row", symbols.rows(), ids=lambda row: f"{row.strategy} {row.variant}".strip())
+def test_the_formulas_with_numbers_put_in_are_the_numbers(row):
+    """The symbols and the plain arithmetic are one code; this holds the simplified expressions to it."""
+    numbers = {"B": 2, "L": 4096, "d": 512, "i": 1536, "h": 8, "h_kv": 8, "V": 1024, "n_layers": 3, "e": 2, "e_g": 4}
+    ranks = {"N": 4, "tp": 2, "u": 2, "r": 2, "rho": 1, "dp": 1}
+    for expression, plain in (
+        (symbols.activations(row), lambda s: total(of_block(row.strategy, s), weights=False)),
+        (symbols.weights(row), lambda s: total(of_block(row.strategy, s), weights=True)),
+        (symbols.saved(row), lambda s: saved_by_block(row.strategy, s)),
+        (symbols.neat(total(of_step(row.strategy, row.letters))), lambda s: total(of_step(row.strategy, s))),
+    ):
+        values = {symbol: {**numbers, **ranks}[symbol.name] for symbol in expression.free_symbols}
+        put_in = {
+            name: {**numbers, **ranks}[value.name] if isinstance(value, sympy.Symbol) else value
+            for name, value in vars(row.letters).items()
+        }
+        assert float(expression.subs(values)) == pytest.approx(float(plain(Letters(**{**put_in, "K": 64}))))
+
+
+def test_the_known_volumes_of_a_layer():
+    """GB sent per rank and layer, N=8, bf16, 64K tokens, batch 1, of Llama-2-7B and Llama-3-8B: worked out by hand."""
+    known = {
+        "llama2_7b": {"tp": 3.76, "tp_sp": 4.70, "odysseus": 3.06, "ulysses": 1.53},
+        "llama3_8b": {"tp": 3.76, "tp_sp": 4.70, "odysseus": 3.27, "ulysses": 1.44},
+    }
+    for model, volumes in known.items():
+        config = configuration([f"model={model}", "seq_len=65536", "world_size=8", "precision=bf16"])
+        for strategy, gigabytes in volumes.items():
+            sent = total(of_block(strategy, letters(strategy, config))) / 1e9
+            assert sent == pytest.approx(gigabytes, abs=0.01), strategy
+
+
+def test_where_odysseus_begins_to_pay():
+    """Against TP-SP from L = 1.8 i, against Ulysses up to 12 d / (5 - 8/N): per block, MHA, no norms."""
+    n, d, i = 8, 4096, 11008
+    at = {}
+    for strategy, axis in (("odysseus", "tp"), ("tp_sp", "tp"), ("ulysses", "u")):
+        base = symbols.letters(B=1, d=d, i=i, h=32, h_kv=32, K=d // 32, e=2, e_w=2, e_g=4, **{axis: n})
+        at[strategy] = total(of_block(strategy, base))
+    crossing = sympy.solve(at["odysseus"] - at["tp_sp"], symbols.L)[0]
+    assert float(crossing) == pytest.approx(1.8 * i, rel=1e-6)
+    crossing = sympy.solve(at["odysseus"] - at["ulysses"], symbols.L)[0]
+    assert float(crossing) == pytest.approx(12 * d / (5 - 8 / n), rel=1e-3)  # ulysses' norms travel with ZeRO
+    said = crossovers(configuration(["model=llama2_7b", "world_size=8", "precision=bf16"]))
+    assert any(re.match(r"from L = 1[0-9],\d{3} odysseus sends less than tp_sp", line) for line in said)
+
+
+@pytest.mark.parametrize("format", ["text", "markdown", "latex", "csv"])
+def test_the_table_prints(format):
+    text = printed(format, [])
+    for word in ("tp_usp", "2 AG(D) + 2 RS(D)", "Korthikanti", "swapped"):
+        assert word in text
+
+
+WRONG = {
+    "table model=lama": "model=lama is not one of",
+    "table strategy=tp_ps": "strategy=tp_ps is not one of",
+    "table seq_length=5": "seq_length",
+    "report runs/nowhere": "runs/nowhere: no such folder",
+    "sources tp_sp odyseus": "there is no strategies/odyseus.py",
+}
+
+
+@pytest.mark.parametrize("command", WRONG)
+def test_a_mistake_is_one_sentence(command, tmp_path):
+    result = analysis(*command.split(), cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert WRONG[command] in result.stderr
+
+
+# The report.
+
+
+@pytest.fixture(scope="session")
+def measured(tmp_path_factory) -> Path:
+    """A small real sweep, with one configuration that cannot stand."""
+    here = tmp_path_factory.mktemp("measured")
+    before = os.getcwd()
+    os.chdir(here)
+    try:
+        names = ("single", "tp_sp", "ulysses", "odysseus", "usp")
+        ranks = {name: "world_size=1" if name == "single" else "world_size=2" for name in names}
+        jobs = [
+            job("name=small", f"strategy={name}", ranks[name], f"seq_len={n}", "batch_size=2")
+            for n in (64, 128)
+            for name in names
+        ]
+        app.run_all([*jobs, job("name=small", "strategy=ulysses", "seq_len=63")])
+    finally:
+        os.chdir(before)
+    return here / "runs" / "small"
+
+
+@pytest.fixture
+def sweep(measured, tmp_path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(measured, tmp_path / "runs" / "small"))
+
+
+def test_the_report_has_the_sweeps_numbers(sweep):
+    assert write(sweep) == []
+    page = (sweep / "report" / "index.html").read_text()
+    assert "≠" not in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert 'src="http' not in page
+    stored = pd.read_csv(sweep / "report" / "results.csv")
+    assert len(stored) == 11
+    measured = stored[stored.comm_bytes > 0]
+    assert (measured.counted_by_derived == 1).all()
+    assert (measured.derived_comm_bytes == measured.comm_bytes).all()
+    for name in ("loss_curves", "time_and_throughput", "memory_parts", "bytes_sent", "pareto"):
+        assert (sweep / "report" / "plots" / f"{name}.png").stat().st_size > 5000
+        assert (sweep / "report" / "plots" / f"{name}.svg").exists()
+    for sentence in ("Weak scaling", "Compute and exposed communication"):
+        assert sentence in page
+    assert "seq_len=63 must be a multiple of mesh.ulysses = 2" in page
+
+
+def test_a_count_that_differs_is_red_and_the_command_fails(sweep):
+    record = next(r for r in records_of(sweep) if r["strategy"] == "tp_sp")
+    file = sweep / record["run_id"] / "comm.csv"
+    rows = list(csv.DictReader(file.open()))
+    rows[0]["sent_bytes"] = str(int(rows[0]["sent_bytes"]) // 2)
+    with file.open("w", newline="") as out:
+        writer = csv.DictWriter(out, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    result = analysis("report", sweep)
+    assert result.returncode == 1
+    assert "forward" in result.stderr
+    assert "was derived as" in result.stderr
+    assert 'class="bad"' in (sweep / "report" / "index.html").read_text()
+
+
+def records_of(sweep: Path) -> list[dict]:
+    return [json.loads(file.read_text()) for file in sweep.glob("*/record.json")]
+
+
+def test_what_is_broken_is_named_and_the_rest_is_reported(sweep):
+    whole, half = sorted(r["run_id"] for r in records_of(sweep) if r["status"] == "ok")[:2]
+    (sweep / half / "record.json").write_text('{"run_id": "')
+    (sweep / whole / "comm.csv").unlink()
+    problems = write(sweep)
+    assert any(f"{half}/record.json: not a whole record" in problem for problem in problems)
+    assert any(f"{whole}/comm.csv: cannot be read" in problem for problem in problems)
+    assert all("\n" not in problem for problem in problems)
+    assert "tokens/s" in (sweep / "report" / "index.html").read_text()
+
+
+def test_an_empty_folder_and_an_old_table(tmp_path):
+    with pytest.raises(UserError, match="no readable record"):
+        write(tmp_path)
+    (tmp_path / "results.csv").write_text("run_id,status,strategy,seq_len\na,ok,tp,512\nb,oom,tp,1024\n")
+    problems = write(tmp_path)
+    assert any("written by an older version" in problem for problem in problems)
+    (tmp_path / "results.csv").write_text("")
+    with pytest.raises(UserError, match="not a table"):
+        write(tmp_path)
+
+
+def test_a_sweep_of_failures_is_a_report_that_says_so(sweep):
+    for record in records_of(sweep):
+        if record["status"] == "ok":
+            shutil.rmtree(sweep / record["run_id"])
+    problems = write(sweep)
+    assert problems == [f"{sweep}: no configuration ended well (1 invalid)"]
+    assert "must be a multiple" in (sweep / "report" / "index.html").read_text()
+
+
+def test_a_table_without_its_records_is_reported_too(sweep, tmp_path):
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(sweep / "results.csv", alone)
+    assert write(alone) == []
+    assert "Bytes sent by collective: the folder has no comm.csv" in (alone / "report" / "index.html").read_text()
+
+
+def test_compare_finds_what_got_slower(sweep, tmp_path):
+    slow = Path(shutil.copytree(sweep, tmp_path / "runs" / "slow"))
+    record = next(r for r in records_of(slow) if r["strategy"] == "ulysses" and r["status"] == "ok")
+    for column in ("step_ms_median", "step_ms_p10", "step_ms_p90"):
+        record[column] *= 10
+    record["peak_bytes"] += 1024
+    (slow / record["run_id"] / "record.json").write_text(json.dumps(record))
+    result = analysis("compare", sweep, slow)
+    assert result.returncode == 0, result.stderr
+    assert sum("slower, more memory" in line for line in result.stdout.splitlines()) == 1
+    assert result.stdout.count("the same within the spread") == 9
+
+
+# The pages, as a reader's browser shows them.
+
+
+@pytest.fixture(scope="module")
+def browser():
+    executable = os.environ.get("CHROMIUM") or shutil.which("chromium")
+    if executable is None:
+        pytest.skip("no chromium on this machine: apt-get install chromium, or set CHROMIUM")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def pages(measured) -> Path:
+    write(measured)
+    return measured / "report"
+
+
+def opened(browser, file: Path, width: int):
+    """The page at a width, and what went wrong on it."""
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    wrong: list[str] = []
+    page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("requestfailed", lambda request: wrong.append(request.url))
+    page.goto(file.as_uri())
+    return page, wrong
+
+
+CUT_OFF = """() => [...document.querySelectorAll("body *")].filter(element => {
+  const box = element.getBoundingClientRect();
+  const inside = element.closest(".scroll, .wide, svg");
+  return box.width > 0 && !inside && (box.right > innerWidth + 1 || box.left < -1);
+}).map(element => element.outerHTML.slice(0, 80))"""
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("name", ["index.html", "sources.html"])
+def test_nothing_is_cut_off_and_nothing_goes_wrong(browser, pages, name, width):
+    page, wrong = opened(browser, pages / name, width)
+    assert page.evaluate(CUT_OFF) == []
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert len(page.screenshot(full_page=True)) > 20_000
+    assert wrong == []
+    page.close()
+
+
+def test_the_page_shows_the_numbers_of_the_csv(browser, pages):
+    page, _ = opened(browser, pages / "index.html", 1280)
+    stored = pd.read_csv(pages / "results.csv").set_index("run_id")
+    rows = page.locator("#results-table tbody tr").all()
+    assert len(rows) == 10
+    for row in rows:
+        run = row.get_attribute("data-run")
+        for column in ("step_ms_median", "tokens_per_s", "peak_bytes", "comm_bytes", "loss_last"):
+            value = row.locator(f"td[data-column={column}]").get_attribute("data-value")
+            assert float(value) == pytest.approx(stored.loc[run, column])
+    for figure in page.locator("figure img").all():
+        assert figure.evaluate("image => image.naturalWidth") > 300
+        assert len(set(figure.screenshot())) > 50
+    page.close()
+
+
+def test_headings_sort(browser, pages):
+    page, _ = opened(browser, pages / "index.html", 1280)
+    column = page.locator("#results-table th", has_text="step ms")
+    column.locator("button").click()
+    cells = page.locator("#results-table td[data-column=step_ms_median]").all()
+    times = [float(cell.get_attribute("data-value")) for cell in cells]
+    assert times == sorted(times)
+    page.close()
+
+
+def test_a_line_lights_up_with_its_counterparts(browser, pages):
+    page, _ = opened(browser, pages / "sources.html", 1280)
+    page.locator(".row.sends", has_text="gathered_linear(x, [attn.q").first.click()
+    lit = page.locator(".row.sends.lit")
+    texts = " ".join(lit.all_inner_texts())
+    assert "q = all_to_all(q, HEADS, SEQUENCE" in texts
+    assert "return reduce_scatter" not in texts
+    assert page.locator(".sum .bad").count() == 0
+    assert page.locator(".sum .good").count() == 8  # activations and weights of four strategies
+    page.close()
+
+
+def test_the_gutter_shows_the_bytes_of_comm_csv(browser, pages):
+    """One line of Ulysses: q's exchange, forward, per block."""
+    page, _ = opened(browser, pages / "sources.html", 1280)
+    record = max(
+        (r for r in records_of(pages.parent) if r["strategy"] == "ulysses" and r["status"] == "ok"),
+        key=lambda r: r["seq_len"],
+    )
+    lines = csv.DictReader((pages.parent / record["run_id"] / "comm.csv").open())
+    text = (ROOT / "strategies" / "ulysses.py").read_text().splitlines()
+    number = next(n for n, line in enumerate(text, 1) if "q = all_to_all(q" in line)
+    sent = sum(
+        int(e["sent_bytes"]) for e in lines if e["source"].endswith(f"ulysses.py:{number}") and e["phase"] == "forward"
+    )
+    per_block = sent / record["config"]["model"]["n_layers"]
+    row = page.locator("[data-strategy=ulysses] .row.sends", has_text="q = all_to_all(q").first
+    assert f"→ A2A {per_block / 1e3:.3g} kB" in row.inner_text()
+    page.close()
+
+
+def test_state_is_divided_as_zero_promises():
+    """By formula: 16 bytes a weight in all of them, stage by stage (Rajbhandari et al. 2020, figure 1, fp32 here)."""
+    config = configuration(["model=llama3_8b", "world_size=64", "batch_size=64", "strategy=zero"])
+    whole = sum(state("zero", letters("zero", {**config, "zero_stage": 0})).values())
+    shares = {}
+    for stage in (1, 2, 3):
+        shares[stage] = sum(state("zero", letters("zero", {**config, "zero_stage": stage})).values()) / whole
+    assert shares[1] == pytest.approx(1 / 2 + 1 / 128, rel=1e-3)
+    assert shares[2] == shares[3] == pytest.approx(1 / 64, rel=1e-3)
