@@ -83,13 +83,21 @@ def start_reduce_scatter(x: Tensor, dim: int, axis: Axis) -> Pending:
     return reduce_scatter_chunks(out, chunks, axis.group)
 
 
+fake_stands_for = "gloo"  # torch's fake process group: the backend whose messages it stands for
+
+
+def backend_of(group: dist.ProcessGroup) -> str:
+    backend = dist.get_backend(group)
+    return fake_stands_for if backend == "fake" else backend
+
+
 def reduce_scatter_chunks(out: Tensor, chunks: Tensor, group: dist.ProcessGroup) -> Pending:
     """Sum chunks [size, ...] over the ranks; chunk i of the sum goes to rank i, into `out`.
 
-    On CPU it is an all-to-all and a local sum: gloo's own reduce_scatter is an all-reduce and a slice, which puts
+    On gloo it is an all-to-all and a local sum: its own reduce_scatter is an all-reduce and a slice, which puts
     twice the bytes on the wire and rounds after every addition.
     """
-    if out.device.type != "cpu":
+    if backend_of(group) != "gloo":
         work = reduce_scatter_single(out, chunks.flatten(0, 1), group=group, async_op=True)
         return Pending([work], (out, chunks), lambda out, _: out)
     parts = torch.empty_like(chunks)

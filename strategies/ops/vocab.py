@@ -46,7 +46,7 @@ class VocabLossSum(Function):
         probs /= total[:, None]
         ctx.save_for_backward(probs, column, here, counted)
         ctx.dtype = logits.dtype
-        return (total.log() - label_logit)[counted].sum()
+        return (total.log() - label_logit).masked_fill(~counted, 0).sum()
 
     @staticmethod
     def backward(ctx, grad: Tensor):
