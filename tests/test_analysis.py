@@ -15,6 +15,8 @@ import sympy
 
 from analysis import UserError, symbols
 from analysis.cost_table import BLOCK, Letters, of_block, of_step, saved_by_block, state, total
+from analysis.plots import draw_all
+from analysis.reading import load
 from analysis.report import write
 from analysis.table import configuration, crossovers, letters, printed
 from bench import app
@@ -230,6 +232,29 @@ def test_compare_finds_what_got_slower(sweep, tmp_path):
     assert result.returncode == 0, result.stderr
     assert sum("slower, more memory" in line for line in result.stdout.splitlines()) == 1
     assert result.stdout.count("the same within the spread") == 9
+
+
+def test_scaling_exposed_communication_and_the_end_of_memory_are_drawn_where_there_is_data(sweep):
+    """The same records as if there had been more: twice the ranks, a column more, a length that did not fit."""
+    for n, record in enumerate(r for r in records_of(sweep) if r["strategy"] == "ulysses" and r["status"] == "ok"):
+        record["exposed_comm_ms"] = 0.3 * record["step_ms_median"]
+        record["capacity_bytes"] = 2**30
+        (sweep / record["run_id"] / "record.json").write_text(json.dumps(record))
+        for kind in ("more ranks", "out of memory"):
+            other = {**record, "run_id": f"{kind[:4]}{n}"}
+            if kind == "more ranks":
+                faster = {column: record[column] / 1.8 for column in record if column.startswith("step_ms")}
+                other |= {"world_size": 4, "ulysses": 4, **faster}
+            else:
+                other |= {"status": "oom", "seq_len": 4096, "reason": "rank 0: out of memory"}
+            shutil.copytree(sweep / record["run_id"], sweep / other["run_id"])
+            (sweep / other["run_id"] / "record.json").write_text(json.dumps(other))
+    figures, left_out = draw_all(load(sweep))
+    assert {"strong_scaling", "weak_scaling", "exposed"} <= figures.keys()
+    assert [sentence.partition(":")[0] for sentence in left_out] == ["Ulysses x ring"]
+    texts = [text.get_text() for axes in figures["time_and_throughput"].axes for text in axes.texts]
+    assert "out of memory" in texts
+    assert any("capacity" in text.get_text() for text in figures["memory_parts"].axes[0].get_legend().get_texts())
 
 
 # The pages, as a reader's browser shows them.
