@@ -8,20 +8,20 @@ the right size and sane values, but is not what others would have sent. Strategi
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, library
 from torch._C._distributed_c10d import _create_work_from_future
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from strategies.ops import collectives, mesh
 
 in_flight: list[Tensor] = []  # sent and not yet received
-mended: list[torch.library.Library] = []
+mended: list[library.Library] = []
 
 
 def stand_for(rank: int, world_size: int, device: str) -> None:
     """Make this process rank `rank` of `world_size`, in place of init_process_group."""
     if not mended:
-        mended.append(torch.library.Library("c10d", "IMPL"))
+        mended.append(library.Library("c10d", "IMPL"))
         for key in ("CPU", "CUDA"):
             for op, function in (("_allgather_base_", gather), ("send", send), ("recv_", receive)):
                 mended[0].impl(op, function, key, allow_override=True)
