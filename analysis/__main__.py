@@ -46,11 +46,12 @@ def run(arguments: argparse.Namespace) -> int:
         print(printed(arguments.format, arguments.overrides))
         return 0
     if arguments.command == "sources":
+        from analysis.reading import load
         from analysis.sources import write
 
         measured = arguments.run or next((run for run in SOURCES_FROM if run.is_dir()), None)
         out = arguments.out or (measured / "report" if measured else Path("runs")) / "sources.html"
-        print(write(arguments.strategies, measured, out))
+        print(write(arguments.strategies, measured and load(measured), out))
         return 0
     if arguments.command == "compare":
         from analysis.compare import printed

@@ -45,7 +45,7 @@ def write(folder: Path) -> list[str]:
     strategies = [name for name in dict.fromkeys(sweep.ok.strategy) if name in BLOCK and name != "single"]
     if sweep.comm and strategies:
         try:
-            sources.write(strategies, folder, target / "sources.html")
+            sources.write(strategies, sweep, target / "sources.html")
         except UserError as error:
             sweep.problems.append(str(error))
     sweep.problems += [f"{a.label}, seq_len={a.seq_len}: {fault}" for a in audits for fault in a.faults]
@@ -65,7 +65,6 @@ def write(folder: Path) -> list[str]:
         facts=facts(sweep),
         answers=answers(sweep),
         results=results(sweep),
-        audits=audits,
         comparisons=comparisons(sweep, audits),
         pictures=pictures,
         left_out=left_out,
@@ -90,7 +89,6 @@ class Audit:
     lines: list[dict]
     kept: list[dict]
     derived: float
-    counted: int
     faults: list[str]
 
 
@@ -138,9 +136,7 @@ def audit(row, config: dict, lines: list, comm: list[dict]) -> Audit:
         for part, size in state(config["strategy"]["name"], Letters.of(config)).items():
             measured = row[{"params": "param_bytes", "grads": "grad_bytes", "optimizer": "optimizer_bytes"}[part]]
             kept.append({"part": part, "derived": round(size), "counted": int(measured), "exact": size == measured})
-    return Audit(
-        row.run_id, row.label, row.strategy, int(row.seq_len), table, kept, total(lines), int(row.comm_bytes), faults
-    )
+    return Audit(row.run_id, row.label, row.strategy, int(row.seq_len), table, kept, total(lines), faults)
 
 
 def with_analytic(sweep: Sweep, audits: list[Audit]) -> pd.DataFrame:

@@ -21,7 +21,7 @@ from pygments.lexers import PythonLexer
 from analysis import UserError
 from analysis.colours import colour
 from analysis.cost_table import BLOCK, SHORT, Letters, of_block, total
-from analysis.reading import Sweep, load, mesh
+from analysis.reading import Sweep, mesh
 from analysis.templates import TEMPLATES
 
 ROOT = Path(__file__).parents[1]
@@ -262,22 +262,20 @@ def placed(path: str, source: str) -> tuple[str, int, str] | None:
     raise UserError(f"{source} is no line of a strategy's method any more: measure the run again with today's files")
 
 
-def write(strategies: list[str], run: Path | None, out: Path) -> Path:
-    """The page. Raises UserError for a strategy without a file, and for a run that cannot be read."""
+def write(strategies: list[str], sweep: Sweep | None, out: Path) -> Path:
+    """The page. Raises UserError for a strategy without a file, and for a sweep that has no comm.csv."""
     known = sorted(p.stem for p in (ROOT / "strategies").glob("*.py") if p.stem not in ("__init__", "base"))
     for strategy in strategies:
         if strategy not in known:
             raise UserError(f"there is no strategies/{strategy}.py; there are {', '.join(known)}")
-    sweep = load(run) if run is not None else None
     if sweep is not None and not sweep.comm:
-        raise UserError(f"{run}: no comm.csv beside its records, so no line's bytes are known")
+        raise UserError(f"{sweep.folder}: no comm.csv beside its records, so no line's bytes are known")
     columns = [column(strategy, sweep) for strategy in strategies]
     silent = [c.strategy for c in columns if sweep is not None and not c.measured and c.strategy != "single"]
     page = TEMPLATES.get_template("sources.html").render(
         columns=columns,
         sections=[title for title in SECTIONS if any(c.sections[title] for c in columns)],
-        card_lines=[name for name, _ in columns[0].card],
-        run=run,
+        run=sweep and sweep.folder,
         silent=silent,
         pygments_css=HtmlFormatter(style="friendly").get_style_defs(".code"),
     )

@@ -14,9 +14,8 @@ needs           n_heads % tp == 0; tp and n_kv_heads: one divides the other; seq
 from torch import Tensor, nn
 
 from strategies.base import Rule, Shape, heads_rule, sequence_rule
-from strategies.ops.collectives import reduce_scatter
 from strategies.ops.layouts import ring_split
-from strategies.ops.linear import SEQUENCE, gathered_linear
+from strategies.ops.linear import SEQUENCE
 from strategies.ops.mesh import everyone
 from strategies.ops.ring_attention import ring_attention
 from strategies.tp_sp import TPSP
@@ -39,13 +38,7 @@ class Odysseus(TPSP):
     def shard_mlp(self, mlp: nn.Module) -> None:
         self.zero(mlp, axis=self.everyone)
 
-    def attention(self, attn: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        qkv = gathered_linear(x, [attn.q, attn.k, attn.v], self.tp)  # [B, S_ring_tp, D] -> [B, S_ring, .._tp]
-        q, k, v = attn.heads(qkv, rope)  # [B, S_ring, H_tp, K], k and v [B, S_ring, G_tp, K]
-        out = self.core_attention(q, k, v)
-        return reduce_scatter(attn.output(out), SEQUENCE, self.tp)  # {[B, S_ring, D]} -> [B, S_ring_tp, D]
-
-    def core_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def core_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [B, S_ring, H_tp, K]
         return ring_attention(q, k, v, self.ring, self.options)
 
     def mlp(self, mlp: nn.Module, x: Tensor) -> Tensor:

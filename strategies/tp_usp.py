@@ -13,12 +13,11 @@ needs           n_heads % (tp ulysses) == 0; tp ulysses and n_kv_heads: one divi
                 seq_len % (2 ring ulysses tp) == 0 for zigzag, % (ring ulysses tp) for the others
 """
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from strategies.base import Rule, Shape, heads_rule, sequence_rule
-from strategies.ops.collectives import all_to_all, reduce_scatter
+from strategies.ops.collectives import all_to_all
 from strategies.ops.layouts import ring_split
-from strategies.ops.linear import gathered_linear
 from strategies.ops.ring_attention import ring_attention
 from strategies.tp_sp import TPSP
 from strategies.ulysses import HEADS, SEQUENCE, to_heads
@@ -45,12 +44,6 @@ class TPUSP(TPSP):
     def split(self, tokens: Tensor) -> Tensor:
         around = ring_split(tokens, SEQUENCE, self.options.ring_layout, self.ring)
         return around.chunk(self.ulysses.size, SEQUENCE)[self.ulysses.rank]
-
-    def attention(self, attn: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        qkv = gathered_linear(x, [attn.q, attn.k, attn.v], self.tp)  # [B, S_sp_tp, D] -> [B, S_sp, .._tp]
-        q, k, v = attn.heads(qkv, rope)  # [B, S_sp, H_tp, K], k and v [B, S_sp, G_tp, K]
-        out = self.core_attention(q, k, v)
-        return reduce_scatter(attn.output(out), SEQUENCE, self.tp)  # {[B, S_sp, D]} -> [B, S_sp_tp, D]
 
     def core_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = to_heads(q, k, v, self.ulysses, self.options.ulysses_packed)  # -> [B, S_ring, H_tp_ulysses, K]
