@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from rich.table import Table
 from bench import records
 from bench.check import Invalid, resolve
 from bench.config import Job
+from bench.fit import longest
 from bench.launch import Outcome, launch, start_server
 
 RUNS = Path("runs")
@@ -21,7 +22,7 @@ console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True, hi
 
 def stays(row: dict, rerun: str, rounds: int) -> bool:
     """Is this row kept, and not measured again? An invalid one costs nothing to look at again."""
-    if row["status"] == "invalid" or (row["status"] == "ok" and len(row["round_ms"]) < rounds):
+    if row["status"] == "invalid" or (row["status"] == "ok" and len(row.get("round_ms", [0])) < rounds):
         return False
     return rerun == "none" or (rerun == "failed" and row["status"] == "ok")
 
@@ -56,14 +57,44 @@ def run(job: Job, rerun: str, place: str = "", earlier: list[list[dict]] | None 
         if outcome.status == "ok":
             rounds.append(outcome.ranks)
             measured, comm = records.measure(config, rounds)
-            record |= {**measured, "reason": "; ".join(config["notes"])}
+            record |= {**measured, "reason": "; ".join(config["notes"]), "mode_seconds": outcome.seconds}
             if (fault := records.implausible(record)) is not None:
                 record |= {"status": "error", "reason": fault}
+            elif config["mode"] == "simulate" and config["cluster"]:
+                record |= fit(config, record, place)
         elif outcome.traceback:
             record["traceback"] = outcome.traceback
     record["seconds"] = round(time.time() - started, 3)
     records.save(folder, record, comm)
     return record
+
+
+def fit(config: dict, record: dict, place: str) -> dict:
+    """Does the simulated rank fit into its GPU, and, if that is asked, up to which sequence would it?"""
+    capacity, peak = record["capacity_bytes"], record["peak_bytes"]
+    status, reason = record["status"], record["reason"]
+    if peak > capacity:
+        have = f"the fullest rank holds {gib(peak)} and a {record['cluster']} has {gib(capacity)}"
+        status, reason = "oom", "; ".join(part for part in (have, reason) if part)
+    if config["search"] == "none":
+        return {"status": status, "reason": reason}
+
+    def peak_of(seq_len: int) -> int:
+        outcome = launch_in_sight({**config, "seq_len": seq_len}, f"{place}{title(record)} · does {seq_len} fit?")
+        if outcome.status != "ok":
+            raise RuntimeError(f"search={config['search']} ended at seq_len={seq_len}: {outcome.reason}")
+        return max(rank["peak"]["total"] for rank in outcome.ranks)
+
+    try:
+        found = longest(config, capacity, peak_of)
+    except RuntimeError as error:
+        return {"status": "error", "reason": str(error)}
+    said = f"seq_len={found} is the longest that fits" if found else "no sequence is short enough to fit"
+    return {"status": status, "reason": "; ".join(part for part in (reason, said) if part), "max_seq_len": found}
+
+
+def gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
 
 
 def launch_in_sight(config: dict, what: str) -> Outcome:
@@ -90,34 +121,48 @@ def outcome_line(row: dict) -> str:
     if row["status"] != "ok":
         return f"{row['status']}: {row['reason']}"
     kept = " (kept from an earlier run)" if row.get("kept") else ""
+    if row.get("step_ms_median") is None:
+        return f"{gib(row['peak_bytes'])} at most on a rank, {row['comm_bytes'] / 2**20:,.1f} MiB sent{kept}"
     return f"{row['step_ms_median']:.1f} ms a step{kept}"
 
 
+def cell(key: str, form: str, unit: float = 1) -> Callable[[dict], str]:
+    """Writes a row's value of `key`, in `unit`; nothing where it has none."""
+    return lambda row: form.format(row[key] / unit) if row.get(key) is not None else ""
+
+
+CELLS = {  # of the table at the end
+    "": lambda row: row["status"] if row["status"] != "ok" else "",
+    "step ms": cell("step_ms_median", "{:.1f}"),
+    "tokens/s": cell("tokens_per_s", "{:,.0f}"),
+    "peak MiB": cell("peak_bytes", "{:,.1f}", 2**20),
+    "of memory": lambda row: f"{row['peak_bytes'] / row['capacity_bytes']:.0%}" if fits_known(row) else "",
+    "longest": cell("max_seq_len", "{:,}"),
+    "sent MiB": cell("comm_bytes", "{:,.2f}", 2**20),
+    "of ideal": cell("share_of_ideal", "{:.0%}"),
+    "loss": lambda row: f"{row['loss_first']:.4f} → {row['loss_last']:.4f}" if row.get("losses") else "",
+}
+
+
+def fits_known(row: dict) -> bool:
+    return row.get("peak_bytes") is not None and row.get("capacity_bytes") is not None
+
+
 def print_table(rows: list[dict], name: str) -> None:
-    """Strategy, mesh, step time, tokens/s, peak memory, bytes sent and loss of every row."""
+    """One line a row: strategy, mesh, length, and the columns that some row has a value for."""
     table = Table(title=f"sweep {name}" if len(rows) > 1 else None, title_justify="left")
+    shown = {head: cell for head, cell in CELLS.items() if any(cell(row) for row in rows)}
     for column in ("strategy", "mesh"):
         table.add_column(column)
-    attention = all(row["workload"] == "attention" for row in rows)
-    last = "of ideal" if attention else "loss"
-    for column in ("seq_len", "step ms", "tokens/s", "peak MiB", "sent MiB", last):
+    for column in ("seq_len", *shown):
         table.add_column(column, justify="right")
     for row in rows:
-        if row["status"] == "ok":
-            cells = (
-                f"{row['step_ms_median']:.1f}",
-                f"{row['tokens_per_s']:,.0f}",
-                f"{row['peak_bytes'] / 2**20:.1f}",
-                f"{row['comm_bytes'] / 2**20:.2f}",
-                f"{row['loss_first']:.4f} → {row['loss_last']:.4f}"
-                if row["losses"]
-                else f"{row['share_of_ideal']:.0%}",
-            )
-        else:
-            cells = (row["status"], "", "", "", "")
         layout = f" {row['ring_layout']}" if (row["ring"] or 1) > 1 else ""
+        cells = [cell(row) for cell in shown.values()]
         table.add_row(row["strategy"], mesh(row) + layout, str(row["seq_len"]), *cells)
     console.print(table)
+    if all(row["mode"] == "simulate" for row in rows):
+        console.print("mode=simulate has no clock yet: times are left empty")
     for row in rows:
         if row["reason"]:
             console.print(f"{title(row)} · {row['status']}: {row['reason']}")

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from bench.timing import Stopwatch
 from models.config import ModelConfig
-from strategies import STRATEGIES
-from strategies.base import Options
+from strategies.base import Strategy
 from strategies.ops.kernels import attend
-from strategies.ops.mesh import Axis, Mesh
+from strategies.ops.mesh import Axis
 
 
 class AttentionAlone:
@@ -25,32 +24,27 @@ class AttentionAlone:
     def __init__(
         self,
         config: ModelConfig,
-        strategy: str,
-        degrees: dict[str, int],
-        options: Options,
+        strategy: Strategy,
         batch_size: int,
         seq_len: int,
-        device: str = "cpu",
         backward: bool = True,
-        placement: str = "ulysses_inner",
         seed: int = 0,
     ) -> None:
-        self.mesh = Mesh.build(device, **degrees, placement=placement)
-        self.strategy = STRATEGIES[strategy](self.mesh, options)
+        self.strategy, self.mesh, self.device = strategy, strategy.mesh, strategy.mesh.device
         self.model = nn.Module()  # none, for the instruments that look for its weights
-        self.device, self.with_backward = device, backward
-        generator = torch.Generator(device).manual_seed(seed)
+        self.with_backward = backward
+        generator = torch.Generator(self.device).manual_seed(seed)
         q_shape = (batch_size, seq_len, config.n_heads, config.head_dim)
         kv_shape = (batch_size, seq_len, config.n_kv_heads, config.head_dim)
         self.whole = [
-            torch.randn(shape, device=device, generator=generator).to(options.compute_dtype)
+            torch.randn(shape, device=self.device, generator=generator).to(strategy.options.compute_dtype)
             for shape in (q_shape, kv_shape, kv_shape, q_shape)
         ]  # q, k, v and the output's gradient
         q, k, v, self.grad = (self.part(whole) for whole in self.whole)
         self.qkv = [t.requires_grad_(backward) for t in (q, k, v)]
         if not self.times_the_whole:
             self.whole = []
-        self.watch = Stopwatch(device)
+        self.watch = Stopwatch(self.device)
 
     @property
     def times_the_whole(self) -> bool:

@@ -12,7 +12,8 @@ AXES = ("dp", "tp", "ulysses", "ring")
 CHOICES = {
     "precision": ("fp32", "bf16", "bf16_mixed"),
     "device": ("cpu", "cuda"),
-    "mode": ("real",),
+    "mode": ("real", "emulate", "simulate"),
+    "search": ("none", "max_seq_len"),
     "workload": ("step", "attention"),
     "direction": ("forward", "forward_backward"),
     "recompute": ("none", "block"),
@@ -46,12 +47,14 @@ def resolve(config: dict) -> dict:
     config = copy.deepcopy(config)
     config["notes"] = []
     check_choices(config)
+    check_mode(config)
     fill_model(config)
     fill_mesh(config)
     if config["workload"] == "attention":
         check_attention(config)
     else:
         check_batch(config)
+    if config["workload"] == "step" and config["mode"] != "simulate":
         check_data(config)
     pick_device(config)
     return config
@@ -71,6 +74,23 @@ def check_choices(config: dict) -> None:
             raise Invalid(f"{key}={value} must be at least {least}")
     if config["timeout_s"] <= 0:
         raise Invalid(f"timeout_s={config['timeout_s']} must be more than 0")
+
+
+def check_mode(config: dict) -> None:
+    mode, search = config["mode"], config["search"]
+    if mode == "simulate" and config["rounds"] > 1:
+        raise Invalid(
+            f"rounds={config['rounds']}: mode=simulate has no clock yet, so there is nothing to repeat; 1 would do"
+        )
+    if mode != "real" and config["save_path"] is not None:
+        raise Invalid(
+            f"save_path={config['save_path']}: mode={mode} trains nothing worth saving; null or mode=real would do"
+        )
+    if mode != "simulate" and (search != "none" or config["full_depth"]):
+        key = "full_depth=true" if search == "none" else f"search={search}"
+        raise Invalid(f"{key} is for mode=simulate, and mode={mode}")
+    if search != "none" and config["cluster"] is None:
+        raise Invalid(f"search={search} needs to know how much memory there is; cluster=h100 would do")
 
 
 def value_of(config: dict, key: str):
@@ -214,15 +234,21 @@ def pick_device(config: dict) -> None:
 
     from strategies.ops.kernels import pick_kernel
 
-    if config["device"] == "cuda" and (gpus := torch.cuda.device_count()) < config["world_size"]:
-        would_do = f"world_size={gpus} or device=cpu" if gpus else "device=cpu"
-        raise Invalid(
-            f"device=cuda: world_size={config['world_size']} needs as many GPUs and there are {gpus}; "
-            f"{would_do} would do"
-        )
+    mode, device, name = config["mode"], config["device"], config["attention"]["kernel"]
+    needed = {"real": config["world_size"], "emulate": 1, "simulate": 0}[mode]
+    if device == "cuda" and (gpus := torch.cuda.device_count()) < needed:
+        would_do = f"world_size={gpus}, mode=emulate or device=cpu" if gpus else "mode=simulate or device=cpu"
+        ranks = f"world_size={config['world_size']}" if mode == "real" else f"mode={mode}"
+        raise Invalid(f"device=cuda: {ranks} needs {needed} GPUs and there are {gpus}; {would_do} would do")
+    if mode == "simulate":
+        if name == "flash_attn":
+            raise Invalid(
+                "attention.kernel=flash_attn has no implementation on fake tensors; sdpa, which keeps as much, would do"
+            )
+        device = "cpu"  # where fake tensors are
     dtype = torch.float32 if config["precision"] == "fp32" else torch.bfloat16
     try:
-        kernel = pick_kernel(config["attention"]["kernel"], config["device"], dtype, config["model"]["head_dim"])
+        kernel = pick_kernel(name, device, dtype, config["model"]["head_dim"])
     except ValueError as error:
         raise Invalid(str(error)) from None
     config["attention"]["kernel"] = kernel.name

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.utils import checkpoint
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import strategies
@@ -69,31 +68,21 @@ class Entry:
     sent_bytes: float = 0.0
 
 
-class Ledger(TorchDispatchMode):
-    """Counts what is sent inside `with ledger:`; set `phase` to forward, backward or optimizer as the step goes on.
-
-    Anomaly mode is on inside, because it alone remembers in backward which forward line made a node. Both cost time:
-    count in a step that is not timed.
-    """
+class Ledger:
+    """Counts what is sent; set `phase` to forward, backward or optimizer as the step goes on."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
         self.names = {id(module): name for name, module in model.named_modules()}
         self.phase = "forward"
         self.entries: dict[tuple, Entry] = {}
 
-    def __enter__(self):
-        self.remember_lines = torch.autograd.set_detect_anomaly(True, check_nan=False)
-        return super().__enter__()
+    def watching(self):
+        """Anomaly mode, because it alone remembers in backward which forward line made a node."""
+        return torch.autograd.set_detect_anomaly(True, check_nan=False)
 
-    def __exit__(self, *exc) -> None:
-        self.remember_lines.__exit__()
-        super().__exit__(*exc)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def saw(self, func, args, kwargs, out) -> None:
         if func.namespace in ("c10d", "_c10d_functional"):
             self.count(func, args)
-        return func(*args, **(kwargs or {}))
 
     def count(self, func, args) -> None:
         op = func._schema.name.partition("::")[2]
@@ -116,9 +105,9 @@ class Ledger(TorchDispatchMode):
             weights=from_zero or collectives.label.weights or self.phase == "optimizer",
         )
         entry = self.entries.setdefault(astuple(entry), entry)
-        entry.calls += 1
-        entry.payload_bytes += payload
-        entry.sent_bytes += kind.sent(payload, group.size())
+        entry.calls += collectives.label.times
+        entry.payload_bytes += collectives.label.times * payload
+        entry.sent_bytes += collectives.label.times * kind.sent(payload, group.size())
 
     def where(self) -> tuple[str, bool]:
         """The strategy line that this collective comes from; or the module whose weights ZeRO sends, and True."""

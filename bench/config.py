@@ -83,6 +83,21 @@ class ChunksSection:
 
 
 @dataclass
+class ClusterSection:
+    """The hardware that a simulated rank stands for: one of conf/cluster/. Speeds are a GPU's, in one direction."""
+
+    name: str
+    device_names: list[str]
+    bf16_dense_tflops: float
+    mem_gb: float
+    hbm_gbps: float
+    intra_kind: str
+    intra_uni_gbps_per_gpu: float
+    gpus_per_node: int
+    nic_uni_gbps_per_gpu: float | None
+
+
+@dataclass
 class OptimSection:
     """AdamW (Loshchilov and Hutter 2019) on every parameter; grad_clip null = off."""
 
@@ -107,6 +122,7 @@ class Config:
     mlp: ChunksSection = field(default_factory=ChunksSection)
     loss: ChunksSection = field(default_factory=ChunksSection)
     optim: OptimSection = field(default_factory=OptimSection)
+    cluster: ClusterSection | None = None
     world_size: int = 4
     placement: str = "ulysses_inner"
     seq_len: int = 512
@@ -119,6 +135,8 @@ class Config:
     seed: int = 0
     device: str = "cpu"
     mode: str = "real"
+    full_depth: bool = False
+    search: str = "none"
     workload: str = "step"
     direction: str = "forward_backward"
     rounds: int = 1

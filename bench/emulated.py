@@ -6,13 +6,15 @@ per rank, and a receive gets what was sent last instead of memory as it was foun
 the right size and sane values, but is not what others would have sent. Strategies run on it unchanged.
 """
 
+import warnings
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, library
 from torch._C._distributed_c10d import _create_work_from_future
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from strategies.ops import collectives, mesh
+from strategies.ops import collectives
 
 in_flight: list[Tensor] = []  # sent and not yet received
 mended: list[library.Library] = []
@@ -22,17 +24,13 @@ def stand_for(rank: int, world_size: int, device: str) -> None:
     """Make this process rank `rank` of `world_size`, in place of init_process_group."""
     if not mended:
         mended.append(library.Library("c10d", "IMPL"))
-        for key in ("CPU", "CUDA"):
-            for op, function in (("_allgather_base_", gather), ("send", send), ("recv_", receive)):
-                mended[0].impl(op, function, key, allow_override=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it replaces kernels is what it is for
+            for key in ("CPU", "CUDA"):
+                for op, function in (("_allgather_base_", gather), ("send", send), ("recv_", receive)):
+                    mended[0].impl(op, function, key, allow_override=True)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     collectives.fake_stands_for = "nccl" if device == "cuda" else "gloo"
-
-
-def stand_down() -> None:
-    """Be nobody again."""
-    dist.destroy_process_group()
-    mesh.axis_of.cache_clear()
 
 
 def done() -> torch.ScriptObject:

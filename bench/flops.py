@@ -5,27 +5,32 @@ computes. A pair costs 4 K a head forward (scores and output) and 10 K backward 
 Recomputation is not counted: it is the model's operations that MFU relates to the peak (Chowdhery et al. 2022).
 """
 
+from contextlib import nullcontext
+
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from bench.comm import recomputing
+from strategies.ops import collectives
 
 
-class FlopCounter(TorchDispatchMode):
-    """Counts inside `with counter:`; wrap the attention kernel in CountedKernel so that it is counted by pairs."""
+class FlopCounter:
+    """Counts matrix products; wrap the attention kernel in CountedKernel so that it is counted by pairs."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.total = 0
         self.in_attention = False
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+    def watching(self):
+        return nullcontext()
+
+    def saw(self, func, args, kwargs, out) -> None:
         formula = flop_registry.get(func._overloadpacket)
         if formula and not self.in_attention and not recomputing():
-            self.total += formula(*args, **(kwargs or {}), out_val=out)
-        return out
+            self.add(formula(*args, **kwargs, out_val=out))
+
+    def add(self, flops: int) -> None:
+        self.total += flops * collectives.label.times
 
 
 class CountedKernel:
@@ -44,7 +49,7 @@ class CountedKernel:
         batch, s_q, heads, head_dim = q.shape
         pairs = s_q * (s_q + 1) // 2 if causal else s_q * k.shape[1]
         if not recomputing():
-            self.counter.total += flops_per_dim * batch * heads * head_dim * pairs
+            self.counter.add(flops_per_dim * batch * heads * head_dim * pairs)
         self.counter.in_attention = True
         try:
             return call(*tensors, causal)

@@ -27,6 +27,7 @@ class Outcome:
     reason: str
     ranks: list[dict]
     traceback: str = ""
+    seconds: float | None = None
 
 
 def rank_main(rank: int, config: dict, folder: str, pipe) -> None:
@@ -45,34 +46,80 @@ def start_server() -> None:
 def launch(config: dict, progress: Callable[[str], None]) -> Outcome:
     """Run a resolved configuration on its ranks. Always returns, with no process left behind."""
     start_server()
+    deadline = time.monotonic() + config["timeout_s"]
+    started = time.monotonic()
+    measured = []
+    for ranks in turns(config):
+        outcome = run_ranks(ranks, config, deadline, progress)
+        if outcome.status != "ok":
+            return outcome
+        measured += outcome.ranks
+    return Outcome("ok", "", measured, seconds=round(time.monotonic() - started, 3))
+
+
+def turns(config: dict) -> list[list[int]]:
+    """The ranks that run, those together that run at the same time.
+
+    Real ones need each other. An emulated rank has the device to itself. Of those that are not real, only ranks that
+    may differ in what they do or hold run at all.
+    """
+    if config["mode"] == "real":
+        return [list(range(config["world_size"]))]
+    ranks = unlike_ranks(config)
+    return [ranks] if config["mode"] == "simulate" else [[rank] for rank in ranks]
+
+
+def unlike_ranks(config: dict) -> list[int]:
+    """Rank 0, and the last ones along every axis that may deal unevenly: a ring, or parts that do not divide.
+
+    The last rank of an uneven division has the largest part (Axis.span), but rank 0 of ZeRO's.
+    """
+    mesh, model = config["mesh"], config["model"]
+    uneven = {
+        "dp": config["batch_size"] % mesh["dp"] > 0,
+        "ring": mesh["ring"] > 1,
+        "ulysses": False,
+        "tp": any(model[size] % mesh["tp"] for size in ("vocab_size", "ffn_dim")),
+    }
+    inner = ["ring", "ulysses"] if config["placement"] == "ulysses_inner" else ["ulysses", "ring"]
+    ranks = [0]
+    for axis in ("dp", *inner, "tp"):  # slowest first, as in strategies/ops/mesh.py
+        places = [0, mesh[axis] - 1] if uneven[axis] else [0]
+        ranks = [rank * mesh[axis] + place for rank in ranks for place in places]
+    return ranks
+
+
+def run_ranks(ranks: list[int], config: dict, deadline: float, progress: Callable[[str], None]) -> Outcome:
+    """A process for each of the ranks, all at once."""
     context = mp.get_context("forkserver")
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        pipes, processes = [], []
+        pipes, processes = {}, {}
         oom_kills = kernel_oom_kills()
         try:
-            for rank in range(config["world_size"]):
+            for rank in ranks:
                 ours, theirs = context.Pipe()
                 process = context.Process(target=rank_main, args=(rank, config, folder, theirs), daemon=True)
                 process.start()
                 theirs.close()
-                pipes.append(ours)
-                processes.append(process)
-            return watch(pipes, processes, config["timeout_s"], folder, oom_kills, progress)
+                pipes[rank] = ours
+                processes[rank] = process
+            return watch(pipes, processes, config["timeout_s"], deadline, folder, oom_kills, progress)
         finally:
-            for process in processes:
+            for process in processes.values():
                 process.kill()
-            for process in processes:
+            for process in processes.values():
                 process.join()
-            for pipe in pipes:
+            for pipe in pipes.values():
                 pipe.close()
 
 
-def watch(pipes: list, processes: list, timeout_s: float, folder: str, oom_kills: int, progress) -> Outcome:
+def watch(
+    pipes: dict, processes: dict, timeout_s: float, deadline: float, folder: str, oom_kills: int, progress
+) -> Outcome:
     """Listen until every rank has measured, one has failed, or the time is up."""
     measured: dict[int, dict] = {}
     failed: dict[int, dict] = {}
-    silent = dict(enumerate(pipes))  # ranks that have not sent their last message
-    deadline = time.monotonic() + timeout_s
+    silent = dict(pipes)  # ranks that have not sent their last message
     verdict_at = None
     while silent:
         until = deadline if verdict_at is None else min(deadline, verdict_at)
@@ -88,7 +135,7 @@ def watch(pipes: list, processes: list, timeout_s: float, folder: str, oom_kills
                 del silent[rank]
                 continue
             if kind == "progress":
-                if rank == 0:
+                if rank == min(pipes):
                     progress(content)
                 continue
             (measured if kind == "measured" else failed)[rank] = content
@@ -136,14 +183,14 @@ def kernel_oom_kills() -> int:
         return 0
 
 
-def where_ranks_are(processes: list, folder: str) -> str:
+def where_ranks_are(processes: dict, folder: str) -> str:
     """Ask every rank for its stack, and say which strategy line and which collective each is in."""
-    for process in processes:
+    for process in processes.values():
         if process.is_alive():
             os.kill(process.pid, signal.SIGUSR1)
     time.sleep(0.3)
     places = []
-    for rank, process in enumerate(processes):
+    for rank, process in processes.items():
         if not process.is_alive():
             places.append(f"rank {rank} has ended")
             continue

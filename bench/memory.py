@@ -8,13 +8,12 @@ seen (on CUDA the allocator's own peak is reported, and that includes it).
 
 import weakref
 from collections.abc import Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 
@@ -43,24 +42,36 @@ class Peak:
     other: int = 0
 
 
-class MemoryLog(TorchDispatchMode):
-    """Logs inside `with log:`. `state` names what is there before: role -> tensors, for params, grads, optimizer."""
+class MemoryLog:
+    """`state` names what is there before: role -> tensors, for params, grads, optimizer.
 
-    def __init__(self, device: str, state: dict[str, Iterable[Tensor]]) -> None:
-        super().__init__()
-        self.device = device
+    Fake tensors count if they are of `fake_mode`: others are how DTensor works out shapes.
+    """
+
+    def __init__(
+        self, device: str, state: dict[str, Iterable[Tensor]], fake_mode: FakeTensorMode | None = None
+    ) -> None:
+        self.device = "meta" if fake_mode else device  # where fake tensors keep their storages
+        self.fake_mode = fake_mode
         self.live: dict[int, Storage] = {}  # by the address of the storage object
         self.events: list[tuple[Storage, int]] = []  # (storage, change in bytes), in order
-        self.forward_ends: int | None = None
+        self.after_forward = 0  # bytes held
+        self.places: list[tuple[int, str]] = [(0, "forward")]  # the event with which each part of the step begins
         for role, tensors in state.items():
             for tensor in tensors:
                 self.see(tensor.untyped_storage(), role)
 
     def end_forward(self) -> None:
         """Whatever was made since the start and lives now is kept for backward: activations, or gathered weights."""
+        self.after_forward = sum(storage.nbytes for storage in self.live.values())
+        self.reach("backward")
         for storage in self.live.values():
             if storage.role == "other":
                 storage.role = "activations"
+
+    def reach(self, place: str) -> None:
+        """What happens from here on belongs to this part of the step."""
+        self.places.append((len(self.events), place))
 
     def see(self, storage: torch.UntypedStorage, role: str) -> None:
         if storage._cdata in self.live or storage.device.type != self.device:
@@ -78,17 +89,15 @@ class MemoryLog(TorchDispatchMode):
             self.events.append((known, nbytes - known.nbytes))
             known.nbytes, known.gathered = nbytes, True
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if DTensor in types:
-            return NotImplemented  # it comes back as operations on its local tensor, which is what holds memory
-        out = func(*args, **(kwargs or {}))
+    def saw(self, func, args, kwargs, out) -> None:
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and not isinstance(tensor, FakeTensor):  # DTensor works out shapes on fakes
+            if isinstance(tensor, Tensor) and getattr(tensor, "fake_mode", None) is self.fake_mode:
                 self.see(tensor.untyped_storage(), "other")
-        return out
 
-    def __enter__(self):
-        self.resize = resize = torch.UntypedStorage.resize_
+    @contextmanager
+    def watching(self):
+        """Storages tell when they are resized."""
+        resize = torch.UntypedStorage.resize_
 
         def resize_and_tell(storage, nbytes):
             resize(storage, nbytes)
@@ -96,19 +105,26 @@ class MemoryLog(TorchDispatchMode):
             return storage
 
         torch.UntypedStorage.resize_ = resize_and_tell
-        return super().__enter__()
+        try:
+            yield
+        finally:
+            torch.UntypedStorage.resize_ = resize
 
-    def __exit__(self, *exc) -> None:
-        torch.UntypedStorage.resize_ = self.resize
-        super().__exit__(*exc)
+    def peaks(self) -> dict[str, Peak]:
+        """The peak, and its parts, of every part of the step."""
+        held = dict.fromkeys(vars(Peak()), 0)
+        best: dict[str, Peak] = {}
+        ends = [event for event, _ in self.places[1:]] + [len(self.events)]
+        for (start, place), end in zip(self.places, ends, strict=True):
+            highest = best.get(place, Peak())
+            for storage, change in self.events[start:end]:
+                held["total"] += change
+                held["other" if storage.gathered else storage.role] += change
+                if held["total"] > highest.total:
+                    highest = Peak(**held)
+            best[place] = highest
+        return best
 
     def peak(self) -> Peak:
         """The step's peak and its parts."""
-        held = dict.fromkeys(vars(Peak()), 0)
-        best = Peak()
-        for storage, change in self.events:
-            held["total"] += change
-            held["other" if storage.gathered else storage.role] += change
-            if held["total"] > best.total:
-                best = Peak(**held)
-        return best
+        return max(self.peaks().values(), key=lambda peak: peak.total)

@@ -29,6 +29,7 @@ COLUMNS = [
     "loss_first", "loss_last", "torch_version", "git_sha", "git_dirty", "command", "started_at",
     "workload", "direction", "placement", "ulysses_packed", "ring_kv", "mlp_chunks", "loss_chunks", "rounds",
     "iterations_per_s", "ideal_ms", "share_of_ideal",
+    "cluster", "capacity_bytes", "after_forward_bytes", "max_seq_len", "mode_seconds",
 ]
 COMM_COLUMNS = ["phase", "kind", "axis", "group_size", "dtype", "calls", "payload_bytes", "sent_bytes", "source"]
 # fmt: on
@@ -60,6 +61,8 @@ def describe(config: dict) -> dict:
         "ring_kv": config["ring"]["kv"],
         "mlp_chunks": config["mlp"]["chunks"],
         "loss_chunks": config["loss"]["chunks"],
+        "cluster": config["cluster"]["name"] if config["cluster"] else None,
+        "capacity_bytes": int(config["cluster"]["mem_gb"] * 2**30) if config["cluster"] else None,
     }
 
 
@@ -69,21 +72,47 @@ def measure(config: dict, rounds: list[list[dict]]) -> tuple[dict, list[dict]]:
     Times are medians over the steps of all rounds; what is counted is the same in each, and the last one's is taken.
     """
     ranks = rounds[-1]
-    timed = [slowest(of_round) for of_round in rounds]
-    laps = {lap: [ms for of_round in timed for ms in of_round[lap]] for lap in timed[0]}
-    step_ms = statistics.median(laps["step"])
-    cpu_ms = [[step["cpu"] for of_round in rounds for step in of_round[rank]["steps"]] for rank in range(len(ranks))]
     busiest = max(ranks, key=lambda rank: sum(entry["sent_bytes"] for entry in rank["comm"]))
     fullest = max(ranks, key=lambda rank: rank["peak"]["total"])["peak"]
     flops = max(rank["flops"] for rank in ranks)
     first = ranks[0]
-    losses, ideal = first["losses"], [ms for of_round in rounds for ms in of_round[0]["ideal"]]
-    peak_tflops = peak_tflops_of(first["device_name"], config["precision"]) if config["device"] == "cuda" else None
-    tflops = flops / step_ms / 1e9
+    losses = first["losses"]
     row = {
         "device_name": first["device_name"],
         "backend": first["backend"],
         "attention_kernel": first["kernel"],
+        "flops_per_rank": flops,
+        **(times(config, rounds, flops) if first["steps"] else {}),
+        "peak_bytes": fullest["total"],
+        "peak_reserved_bytes": max(rank["reserved"] for rank in ranks) if first["reserved"] is not None else None,
+        "param_bytes": fullest["params"],
+        "grad_bytes": fullest["grads"],
+        "optimizer_bytes": fullest["optimizer"],
+        "activation_bytes": fullest["activations"],
+        "other_bytes": fullest["other"],
+        "after_forward_bytes": max(rank["after_forward"] for rank in ranks),
+        **communication(busiest["comm"]),
+        "analytic_comm_bytes": step_bytes(config),
+        "loss_first": losses[0] if losses else None,
+        "loss_last": losses[-1] if losses else None,
+        "losses": losses,
+        "torch_version": first["torch_version"],
+    }
+    return row, [{**entry, "sent_bytes": round(entry["sent_bytes"])} for entry in busiest["comm"]]
+
+
+def times(config: dict, rounds: list[list[dict]], flops: int) -> dict:
+    """The columns that need a clock."""
+    timed = [slowest(of_round) for of_round in rounds]
+    laps = {lap: [ms for of_round in timed for ms in of_round[lap]] for lap in timed[0]}
+    step_ms = statistics.median(laps["step"])
+    ranks = range(len(rounds[0]))
+    cpu_ms = [[step["cpu"] for of_round in rounds for step in of_round[rank]["steps"]] for rank in ranks]
+    ideal = [ms for of_round in rounds for ms in of_round[0]["ideal"]]
+    device_name = rounds[0][0]["device_name"]
+    peak_tflops = peak_tflops_of(device_name, config["precision"]) if config["device"] == "cuda" else None
+    tflops = flops / step_ms / 1e9
+    return {
         "step_ms_median": step_ms,
         "step_ms_p10": percentile(laps["step"], 0.1),
         "step_ms_p90": percentile(laps["step"], 0.9),
@@ -93,26 +122,11 @@ def measure(config: dict, rounds: list[list[dict]]) -> tuple[dict, list[dict]]:
         "tokens_per_s": config["batch_size"] * config["seq_len"] / step_ms * 1000,
         "iterations_per_s": 1000 / step_ms,
         "round_ms": [statistics.median(of_round["step"]) for of_round in timed],
-        "flops_per_rank": flops,
         "tflops_per_rank": tflops,
         "mfu": tflops / peak_tflops if peak_tflops else None,
         "ideal_ms": statistics.median(ideal) if ideal else None,
         "share_of_ideal": statistics.median(map(operator.truediv, ideal, laps["step"])) if ideal else None,
-        "peak_bytes": fullest["total"],
-        "peak_reserved_bytes": max(rank["reserved"] for rank in ranks) if first["reserved"] is not None else None,
-        "param_bytes": fullest["params"],
-        "grad_bytes": fullest["grads"],
-        "optimizer_bytes": fullest["optimizer"],
-        "activation_bytes": fullest["activations"],
-        "other_bytes": fullest["other"],
-        **communication(busiest["comm"]),
-        "analytic_comm_bytes": step_bytes(config),
-        "loss_first": losses[0] if losses else None,
-        "loss_last": losses[-1] if losses else None,
-        "losses": losses,
-        "torch_version": first["torch_version"],
     }
-    return row, [{**entry, "sent_bytes": round(entry["sent_bytes"])} for entry in busiest["comm"]]
 
 
 def slowest(ranks: list[dict]) -> dict[str, list[float]]:
@@ -145,7 +159,7 @@ def implausible(row: dict) -> str | None:
         return f"the loss is not finite at step {row['losses'].index(lost[0]) + 1}"
     if row["world_size"] > 1 and row["comm_bytes"] == 0 and row["analytic_comm_bytes"] != 0:
         return f"{row['world_size']} ranks ran and sent nothing"
-    if (row["mfu"] or 0) > 1:
+    if (row.get("mfu") or 0) > 1:
         return f"{row['tflops_per_rank']:.0f} TFLOPS is more than the device can do"
     return None
 

@@ -10,9 +10,7 @@ from torch import Tensor
 from bench.config import OptimSection
 from models.config import ModelConfig
 from models.llama import Llama
-from strategies import STRATEGIES
-from strategies.base import Options
-from strategies.ops.mesh import Mesh
+from strategies.base import Strategy
 from strategies.ops.vocab import IGNORED
 from strategies.ops.weights import finish_gradients, gradient_norm, local, materialize, publish_weights, trained
 
@@ -34,40 +32,35 @@ class Batch:
 
 
 class Training:
-    """Build the model's share of this rank, then forward, backward and update in turn.
+    """Build the model's share of this rank, load its weights, then forward, backward and update in turn.
 
-    degrees: of dp, ring, ulysses and tp, with as many ranks as their product in the default process group.
-    whole(name, shape): a whole initial parameter; it is asked for one at a time.
     dtypes: of weights and activations, one of PRECISIONS (tests pass float64).
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        strategy: str,
-        degrees: dict[str, int],
-        options: Options,
+        strategy: Strategy,
         optim: OptimSection,
-        whole: Callable[[str, torch.Size], Tensor],
-        device: str = "cpu",
         dtypes: tuple[torch.dtype, torch.dtype] = PRECISIONS["fp32"],
         recompute: bool = False,
         mlp_chunks: int = 1,
         loss_chunks: int = 1,
-        placement: str = "ulysses_inner",
     ) -> None:
         weights_dtype, compute_dtype = dtypes
-        self.mesh = Mesh.build(device, **degrees, placement=placement)
-        self.strategy = STRATEGIES[strategy](self.mesh, options)
+        self.strategy, self.mesh, self.device = strategy, strategy.mesh, strategy.mesh.device
         with torch.device("meta"):
-            model = Llama(config, self.strategy, compute_dtype, recompute, mlp_chunks, loss_chunks)
+            model = Llama(config, strategy, compute_dtype, recompute, mlp_chunks, loss_chunks)
         self.model = model.to(weights_dtype)
         self.shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
-        self.strategy.shard(self.model)
-        materialize(self.model, device, lambda name: whole(name, self.shapes[name]))
+        strategy.shard(self.model)
         self.optim = optim
-        self.device = device
         self.optimizer: torch.optim.Optimizer | None = None
+
+    def load(self, whole: Callable[[str, torch.Size], Tensor]) -> "Training":
+        """Give the model its weights: whole(name, shape) is a whole parameter, asked for one at a time."""
+        materialize(self.model, self.device, lambda name: whole(name, self.shapes[name]))
+        return self
 
     def place(self, tokens: Tensor, labels: Tensor) -> Batch:
         """This rank's part of a global batch of whole sequences, tokens and labels [B, S]."""
@@ -98,6 +91,13 @@ class Training:
         self.optimizer.step()
         publish_weights(self.model)
         self.zero_grads()
+
+    def warm(self) -> None:
+        """Make the gradients and the optimizer's state, which a first step would leave, without its forward."""
+        for parameter in self.model.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.update()
 
     def zero_grads(self) -> None:
         torch._foreach_zero_([local(parameter.grad) for parameter in self.model.parameters()])

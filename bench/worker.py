@@ -5,8 +5,6 @@ import os
 import signal
 import threading
 import traceback
-import zlib
-from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
 
@@ -14,19 +12,14 @@ import torch
 import torch._dynamo  # FSDP2 imports it when first used: better once in the server than again in every rank
 import torch.distributed as dist
 
-from bench import data
-from bench.attention import AttentionAlone
-from bench.check import tokens_needed
-from bench.comm import Ledger
-from bench.config import OptimSection
-from bench.flops import CountedKernel, FlopCounter
+from bench.build import build
+from bench.emulated import stand_for
 from bench.memory import MemoryLog
+from bench.observe import observe
+from bench.simulate import simulate
 from bench.timing import Stopwatch
-from bench.training import PRECISIONS, Batch, Training
+from bench.training import PRECISIONS, Training
 from models import checkpoint
-from models.config import ModelConfig
-from strategies.base import Options
-from strategies.ops.kernels import pick_kernel
 from strategies.ops.weights import whole_parameters
 
 
@@ -67,22 +60,37 @@ def describe(error: BaseException) -> dict:
 
 
 def run(rank: int, config: dict, folder: str, pipe) -> dict:
-    world_size, device = config["world_size"], config["device"]
-    if device == "cuda":
-        torch.cuda.set_device(rank % torch.cuda.device_count())
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world_size))
-    backend = "nccl" if device == "cuda" else "gloo"
-    if world_size > 1:
-        dist.init_process_group(
-            backend,
-            init_method=f"file://{folder}/rendezvous",
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=config["timeout_s"] + 60),  # the parent's limit comes first
-            device_id=torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else None,
-        )
+    """One rank's measurements of a configuration in its mode."""
+    processes = config["world_size"] if config["mode"] == "real" else 1
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
+    join(rank, config, folder)
+    return MODES[config["mode"]](config, pipe)
 
-    training, batch_of = BUILD[config["workload"]](config)
+
+def join(rank: int, config: dict, folder: str) -> None:
+    """Become rank `rank`: of a group of processes, or of one that is made up."""
+    world_size, device = config["world_size"], config["device"]
+    if device == "cuda" and config["mode"] != "simulate":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    if world_size == 1:
+        return
+    if config["mode"] != "real":
+        stand_for(rank, world_size, device)
+        return
+    dist.init_process_group(
+        BACKENDS[device],
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=config["timeout_s"] + 60),  # the parent's limit comes first
+        device_id=torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else None,
+    )
+
+
+def run_steps(config: dict, pipe) -> dict:
+    """Real tensors: time the steps, then observe one more."""
+    device = config["device"]
+    training, batch_of = build(config)
     watch = Stopwatch(device)
     shares = []
     total = config["warmup"] + config["steps"]
@@ -90,7 +98,7 @@ def run(rank: int, config: dict, folder: str, pipe) -> dict:
         torch.cuda.reset_peak_memory_stats()
     for step in range(total):
         batch = batch_of(step)
-        if world_size > 1:
+        if config["world_size"] > 1:
             dist.barrier()
         with watch.step():
             loss = training.forward(batch)
@@ -103,135 +111,57 @@ def run(rank: int, config: dict, folder: str, pipe) -> dict:
         else:
             shares.append(loss.detach())
         pipe.send(("progress", f"step {step + 1}/{total}"))
-    losses = training.global_loss(torch.stack(shares)) if shares else []
+    made_up = config["mode"] != "real"  # what others would have sent, and so the loss
+    losses = training.global_loss(torch.stack(shares)) if shares and not made_up else []
     steps = watch.steps()[config["warmup"] :]
     allocated = reserved = None
     if device == "cuda":
         allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     if config["save_path"] is not None:
-        save(training, config, rank)
+        save(training, config, dist.get_rank() if dist.is_initialized() else 0)
 
     pipe.send(("progress", "counting"))
-    ledger, flops = count(training, batch)
-    peak = log_memory(training, batch, device)
+    observed = observe(training, batch, MemoryLog(device, training.state()))
+    peak = asdict(observed.peak)
     if allocated is not None:  # the real allocator's peak includes what kernels take inside themselves
         peak = {**peak, "total": allocated, "other": peak["other"] + allocated - peak["total"]}
     return {
         "losses": losses,
         "steps": steps,
         "ideal": training.ideal_ms()[config["warmup"] :] if config["workload"] == "attention" else [],
-        "comm": [asdict(entry) for entry in ledger.entries.values()],
-        "flops": flops,
+        "comm": observed.comm,
+        "flops": observed.flops,
         "peak": peak,
+        "after_forward": observed.after_forward,
         "reserved": reserved,
         "kernel": training.strategy.options.kernel.name,
         "device_name": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
-        "backend": backend if world_size > 1 else "none",
+        "backend": dist.get_backend() if dist.is_initialized() else "none",
         "torch_version": torch.__version__,
     }
 
 
-def options_of(config: dict) -> Options:
-    compute_dtype = PRECISIONS[config["precision"]][1]
-    return Options(
-        kernel=pick_kernel(config["attention"]["kernel"], config["device"], compute_dtype, config["model"]["head_dim"]),
-        compute_dtype=compute_dtype,
-        zero_stage=config["zero_stage"],
-        ring_layout=config["ring"]["layout"],
-        ring_grad_dtype=config["ring"]["grad_dtype"],
-        ring_kv=config["ring"]["kv"],
-        ulysses_packed=config["ulysses"]["packed"],
-    )
+def run_simulated(config: dict, pipe) -> dict:
+    """Shapes alone."""
+    observed = simulate(config, lambda text: pipe.send(("progress", text)))
+    return {
+        "losses": [],
+        "steps": [],
+        "ideal": [],
+        "comm": observed.comm,
+        "flops": observed.flops,
+        "peak": asdict(observed.peak),
+        "after_forward": observed.after_forward,
+        "reserved": None,
+        "kernel": config["attention"]["kernel"],
+        "device_name": config["cluster"]["name"] if config["cluster"] else None,
+        "backend": "fake" if dist.is_initialized() else "none",
+        "torch_version": torch.__version__,
+    }
 
 
-def build_step(config: dict) -> tuple[Training, Callable[[int], Batch]]:
-    """The training of workload=step, and what it trains on in a step."""
-    model = ModelConfig.of(config["model"])
-    if config["model"]["name"] == "hf":
-        files = checkpoint.Checkpoint(config["model"]["path"])
-        whole = lambda name, shape: files.tensor(name)  # noqa: E731
-    else:
-        whole = lambda name, shape: initial(name, shape, config["seed"], config["device"])  # noqa: E731
-    training = Training(
-        model,
-        config["strategy"]["name"],
-        config["mesh"],
-        options_of(config),
-        OptimSection(**config["optim"]),
-        whole,
-        config["device"],
-        PRECISIONS[config["precision"]],
-        recompute=config["recompute"] == "block",
-        mlp_chunks=config["mlp"]["chunks"],
-        loss_chunks=config["loss"]["chunks"],
-        placement=config["placement"],
-    )
-    source = data.load(
-        config["data"]["name"], config["data"]["path"], tokens_needed(config), model.vocab_size, config["seed"]
-    )
-    return training, lambda step: training.place(*global_batch(source, step, config))
-
-
-def build_attention(config: dict) -> tuple[AttentionAlone, Callable[[int], None]]:
-    """workload=attention, which takes the same q, k, v in every step."""
-    alone = AttentionAlone(
-        ModelConfig.of(config["model"]),
-        config["strategy"]["name"],
-        config["mesh"],
-        options_of(config),
-        config["batch_size"],
-        config["seq_len"],
-        config["device"],
-        backward=config["direction"] == "forward_backward",
-        placement=config["placement"],
-        seed=config["seed"],
-    )
-    return alone, lambda step: None
-
-
-BUILD = {"step": build_step, "attention": build_attention}
-
-
-def initial(name: str, shape: torch.Size, seed: int, device: str) -> torch.Tensor:
-    """A whole initial parameter, fp32: ones for norms, N(0, 0.02) for matrices, a function of (seed, name) alone."""
-    if len(shape) == 1:
-        return torch.ones(shape, device=device)
-    generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-    return torch.empty(shape, device=device).normal_(0, 0.02, generator=generator)
-
-
-def global_batch(source, step: int, config: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and labels [B, S] of one step, the same on every rank."""
-    first = step * config["batch_size"]
-    rows = [source.sample(first + b, config["seq_len"]) for b in range(config["batch_size"])]
-    samples = torch.stack([torch.from_numpy(row) for row in rows])
-    return samples[:, :-1].clamp(min=0), samples[:, 1:]
-
-
-def count(training: Training, batch) -> tuple[Ledger, int]:
-    """One more step, untimed, with the ledger and the FLOP counter on."""
-    ledger, counter = Ledger(training.model), FlopCounter()
-    options = training.strategy.options
-    kernel, options.kernel = options.kernel, CountedKernel(options.kernel, counter)
-    with ledger, counter:
-        loss = training.forward(batch)
-        ledger.phase = "backward"
-        training.backward(loss)
-        ledger.phase = "optimizer"
-        training.update()
-    options.kernel = kernel
-    return ledger, counter.total
-
-
-def log_memory(training: Training, batch, device: str) -> dict:
-    """One more step, untimed, with the memory log on."""
-    log = MemoryLog(device, training.state())
-    with log:
-        loss = training.forward(batch)
-        log.end_forward()
-        training.backward(loss)
-        training.update()
-    return asdict(log.peak())
+MODES = {"real": run_steps, "emulate": run_steps, "simulate": run_simulated}
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 
 def save(training: Training, config: dict, rank: int) -> None:

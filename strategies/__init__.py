@@ -1,6 +1,8 @@
 """The strategies, in the order in which to read them."""
 
+from strategies.base import Options, Strategy
 from strategies.odysseus import Odysseus
+from strategies.ops.mesh import Mesh
 from strategies.ring import Ring
 from strategies.single import Single
 from strategies.tp import TP
@@ -21,3 +23,10 @@ STRATEGIES = {
     "tp_usp": TPUSP,
     "odysseus": Odysseus,
 }
+
+
+def build(
+    name: str, degrees: dict[str, int], options: Options, device: str = "cpu", placement: str = "ulysses_inner"
+) -> Strategy:
+    """This rank's side of a strategy, on a mesh of as many ranks as the default process group has."""
+    return STRATEGIES[name](Mesh.build(device, **degrees, placement=placement), options)

@@ -41,7 +41,6 @@ class Case:
             "recompute": self.recompute,
             "mlp_chunks": self.mlp_chunks,
             "loss_chunks": self.loss_chunks,
-            "placement": self.placement,
         }
 
     @property
@@ -104,7 +103,7 @@ HEADS = {"mha": 8, "gqa": 4, "few_kv": 2}  # n_kv_heads of 8 heads; few_kv: fewe
 
 
 def config_of(case: Case, sizes: dict, batch_size: int, seq_len: int, precision: str = "fp32", **changes) -> dict:
-    """A case as the resolved configuration that the cost table reads."""
+    """A case as a resolved configuration, as far as it is read where no rank is launched."""
     return {
         "strategy": {"name": case.strategy},
         "mesh": case.degrees,
@@ -113,8 +112,13 @@ def config_of(case: Case, sizes: dict, batch_size: int, seq_len: int, precision:
         "model": {"head_dim": sizes["dim"] // sizes["n_heads"], "tie_embeddings": False, **sizes},
         "mlp": {"chunks": case.mlp_chunks},
         "loss": {"chunks": case.loss_chunks},
-        "optim": {"grad_clip": 1.0},
+        "attention": {"kernel": "auto"},
+        "optim": {"lr": 3e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "grad_clip": 1.0},
         "workload": "step",
+        "mode": "simulate",
+        "device": "cpu",
+        "full_depth": changes.get("full_depth", False),
+        "placement": case.placement,
         "seq_len": seq_len,
         "batch_size": batch_size,
         "precision": precision,

@@ -1,13 +1,13 @@
-"""What a rank runs to be measured: the ledger and the memory log of one step of a small random model."""
-
-from dataclasses import asdict
+"""What a rank runs to be measured: one step of a small random model, with every instrument on."""
 
 import torch
 
+import strategies
+from bench.build import initial
 from bench.config import OptimSection
-from bench.memory import Peak
+from bench.memory import MemoryLog, Peak
+from bench.observe import Observed, observe
 from bench.training import PRECISIONS, Training
-from bench.worker import count, initial, log_memory
 from models.config import ModelConfig
 from strategies.base import Options
 from strategies.ops.kernels import pick_kernel
@@ -18,16 +18,15 @@ def build(case: Case, sizes: dict, batch: int, seq_len: int, dtype: str = "fp32"
     """A Training of a small random model, and a batch."""
     config = ModelConfig(**sizes)
     dtypes = PRECISIONS[dtype]
+    kernel = pick_kernel("auto", "cpu", dtypes[1], config.head_dim)
+    chosen = Options(kernel, dtypes[1], **{**case.options, **options})
     training = Training(
         config,
-        case.strategy,
-        case.degrees,
-        Options(pick_kernel("auto", "cpu", dtypes[1], config.head_dim), dtypes[1], **{**case.options, **options}),
+        strategies.build(case.strategy, case.degrees, chosen, placement=case.placement),
         OptimSection(),
-        lambda name, shape: initial(name, shape, 0, "cpu"),
         dtypes=dtypes,
         **case.model,
-    )
+    ).load(lambda name, shape: initial(name, shape, 0, "cpu"))
     tokens = torch.randint(0, config.vocab_size, (batch, seq_len + 1), generator=torch.Generator().manual_seed(0))
     return training, training.place(tokens[:, :-1], tokens[:, 1:])
 
@@ -40,13 +39,23 @@ def train(*args) -> tuple[Training, object]:
     return training, placed
 
 
-def ledger(case: Case, sizes: dict, batch: int, seq_len: int, dtype: str = "fp32", **options) -> list[dict]:
+def observed(training: Training, batch) -> Observed:
+    """One more step of it, with every instrument on."""
+    return observe(training, batch, MemoryLog("cpu", training.state()))
+
+
+def ledger(*args, **options) -> list[dict]:
     """The lines of comm.csv of one step, on this rank."""
-    book, _ = count(*build(case, sizes, batch, seq_len, dtype, **options))
-    return [asdict(entry) for entry in book.entries.values()]
+    training, placed = build(*args, **options)
+    training.warm()
+    return observed(training, placed).comm
 
 
-def peak(rank: int, case: Case, sizes: dict, batch: int, seq_len: int, dtype: str = "fp32") -> Peak:
+def flops(rank: int, *args) -> int:
+    """The FLOPs of one step, on this rank."""
+    return observed(*train(*args)).flops
+
+
+def peak(rank: int, *args) -> Peak:
     """The memory log's peak of one step, on this rank."""
-    training, placed = train(case, sizes, batch, seq_len, dtype)
-    return Peak(**log_memory(training, placed, "cpu"))
+    return observed(*train(*args)).peak

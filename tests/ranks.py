@@ -12,37 +12,39 @@ from bench.launch import start_server
 TIMEOUT_S = 120
 
 
-def serve(rank: int, world_size: int, rendezvous: str, pipe) -> None:
-    """One rank: run what arrives, answer with its result or its traceback."""
+def serve(rank: int, world_size: int, rendezvous: str | None, pipe) -> None:
+    """One rank: run what arrives, answer with its result or its traceback. Without a rendezvous it is in no group."""
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{rendezvous}",
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=TIMEOUT_S),
-    )
+    if rendezvous:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{rendezvous}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=TIMEOUT_S),
+        )
     while (job := pipe.recv()) is not None:
         function, args = job
         try:
             pipe.send((True, function(rank, *args)))
         except Exception:
             pipe.send((False, traceback.format_exc()))
-    dist.destroy_process_group()
+    if rendezvous:
+        dist.destroy_process_group()
     os._exit(0)
 
 
 class Pool:
-    """world_size ranks in a process group of their own."""
+    """world_size ranks in a process group of their own, or in none."""
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, grouped: bool = True) -> None:
         start_server()
         context = mp.get_context("forkserver")
         self.folder = tempfile.TemporaryDirectory()
-        rendezvous = os.path.join(self.folder.name, "rendezvous")
+        rendezvous = os.path.join(self.folder.name, "rendezvous") if grouped else None
         self.pipes, self.processes = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
@@ -73,14 +75,31 @@ class Pool:
             process.kill()
 
 
-pools: dict[int, Pool] = {}
+pools: dict[tuple[int, bool], Pool] = {}
 
 
-def on_ranks(world_size: int, function, *args) -> list:
+def on_ranks(world_size: int, function, *args, grouped: bool = True) -> list:
     """Run function(rank, *args) on world_size ranks; a pool that fails is replaced before the next test."""
-    pool = pools.get(world_size) or pools.setdefault(world_size, Pool(world_size))
+    key = world_size, grouped
+    pool = pools.get(key) or pools.setdefault(key, Pool(*key))
     try:
         return pool.run(function, *args)
     except BaseException:
-        pools.pop(world_size).close()
+        pools.pop(key).close()
         raise
+
+
+@contextlib.contextmanager
+def standing_for(rank: int, world_size: int):
+    """This process, which is in no group, is one rank of a made-up one meanwhile."""
+    from torch import distributed
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    from bench.emulated import stand_for
+    from strategies.ops import mesh
+
+    stand_for(rank, world_size, "cpu")
+    yield
+    distributed.destroy_process_group()
+    mesh.axis_of.cache_clear()
+    _clear_sharding_prop_cache()  # DTensor remembers meshes that are equal to the next ones, with groups that are gone

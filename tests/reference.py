@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import strategies
 from bench.config import OptimSection
 from bench.training import PRECISIONS, Batch, Training
 from models.checkpoint import Checkpoint, read_config, their_name
@@ -98,14 +99,11 @@ def build(case: Case, folder: str, dtypes=PRECISIONS["fp32"], kernel: str = "aut
     chosen = Options(pick_kernel(kernel, "cpu", dtypes[1], config.head_dim), dtypes[1], **{**case.options, **options})
     return Training(
         config,
-        case.strategy,
-        case.degrees,
-        chosen,
+        strategies.build(case.strategy, case.degrees, chosen, placement=case.placement),
         OptimSection(lr=1e-3, grad_clip=0.5),
-        lambda name, _: checkpoint.tensor(name),
         dtypes=dtypes,
         **case.model,
-    )
+    ).load(lambda name, _: checkpoint.tensor(name))
 
 
 def run_case(training: Training, tokens: Tensor, labels: Tensor) -> Result | None:

@@ -85,6 +85,7 @@ def test_trained_weights_are_written_back(case, heads, checkpoints, tmp_path, mo
 def held_while_loading(rank: int, folder: str) -> tuple[int, int, int]:
     """The most bytes that loading held at once, this rank's share, and the largest tensor."""
     from bench.memory import MemoryLog
+    from bench.observe import Instruments
 
     mapped = Checkpoint.tensor
 
@@ -93,7 +94,7 @@ def held_while_loading(rank: int, folder: str) -> tuple[int, int, int]:
             return mapped(self, name).clone()
 
     Checkpoint.tensor, log = read, MemoryLog("cpu", {})
-    with log:
+    with Instruments(log):
         training = reference.build(Case("ulysses", ulysses=4), folder)
     Checkpoint.tensor = mapped
     share = sum(reference.local(p).nbytes for p in training.model.parameters())

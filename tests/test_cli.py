@@ -170,7 +170,7 @@ def test_flops_are_counted_causally():
 
     sizes = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 96, "vocab_size": 80}
     batch, seq_len, head_dim = 2, 48, 16
-    _, flops = instruments.count(*instruments.train(Case("single"), sizes, batch, seq_len))
+    flops = instruments.flops(0, Case("single"), sizes, batch, seq_len)
     weights = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96) + 64 * 80
     pairs = seq_len * (seq_len + 1) // 2
     assert flops == 6 * weights * batch * seq_len + 2 * 14 * batch * 4 * head_dim * pairs
@@ -183,12 +183,6 @@ def test_ranks_share_the_work_of_one(tmp_path):
     from tests.ranks import on_ranks
 
     sizes = {"dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "ffn_dim": 96, "vocab_size": 80}
-    _, whole = instruments.count(*instruments.train(Case("single"), sizes, 4, 64))
+    whole = instruments.flops(0, Case("single"), sizes, 4, 64)
     for case in (Case("zero", dp=4), Case("tp_sp", tp=4), Case("ulysses", ulysses=4), Case("usp", ulysses=2, ring=2)):
-        assert sum(on_ranks(4, flops_of, case, sizes)) == whole, case
-
-
-def flops_of(rank: int, case, sizes: dict) -> int:
-    from tests import instruments
-
-    return instruments.count(*instruments.train(case, sizes, 4, 64))[1]
+        assert sum(on_ranks(4, instruments.flops, case, sizes, 4, 64)) == whole, case

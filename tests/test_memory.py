@@ -133,8 +133,8 @@ def by_the_allocator(rank: int, case: Case) -> tuple[int, int]:
             held += event.nbytes()
             highest = max(highest, held)
     with Unhurried():
-        log = instruments.log_memory(training, batch, "cpu")
-    return highest, log["total"] - log["params"] - log["grads"] - log["optimizer"]
+        log = instruments.observed(training, batch).peak
+    return highest, log.total - log.params - log.grads - log.optimizer
 
 
 def test_the_log_agrees_with_the_allocator():

@@ -9,12 +9,12 @@ from collections import Counter
 import pytest
 import torch
 
+import strategies
 from bench.attention import AttentionAlone
-from bench.worker import count
 from models.config import ModelConfig
 from strategies.base import Options
 from strategies.ops.kernels import pick_kernel
-from tests import reference
+from tests import instruments, reference
 from tests.cases import CASES, HEADS, Case, cases
 from tests.ranks import on_ranks
 
@@ -69,7 +69,8 @@ def attention_alone(rank: int, case: Case, n_kv_heads: int) -> dict[str, float]:
 
     def alone(case: Case) -> AttentionAlone:
         options = Options(pick_kernel("auto", "cpu", torch.float32, sizes.head_dim), **case.options)
-        return AttentionAlone(sizes, case.strategy, case.degrees, options, 2, 32, placement=case.placement)
+        strategy = strategies.build(case.strategy, case.degrees, options, placement=case.placement)
+        return AttentionAlone(sizes, strategy, 2, 32)
 
     ours, whole = alone(case), alone(Case("single"))
     outs = [run.forward() for run in (ours, whole)]
@@ -97,10 +98,10 @@ def trained(rank: int, case: Case, folder: str) -> tuple[reference.Result | None
     training = reference.build(case, folder)
     result = reference.run_case(training, *batch_of(3, None))
     training.zero_grads()
-    book, _ = count(training, training.place(*batch_of(3, None)))
+    training.update()
     sent: Counter = Counter()
-    for entry in book.entries.values():
-        sent[entry.phase, entry.kind, entry.axis, entry.weights] += entry.sent_bytes
+    for entry in instruments.observed(training, training.place(*batch_of(3, None))).comm:
+        sent[entry["phase"], entry["kind"], entry["axis"], entry["weights"]] += entry["sent_bytes"]
     return result, sorted(sent.items())
 
 

@@ -31,6 +31,7 @@ class Label:
     kind: str | None = None  # the collective that it stands for
     source: str | None = None  # the strategy line that caused it, where that is not on the stack
     weights: bool = False  # it carries weights or their gradients, not activations
+    times: int = 1  # how many alike it stands for
 
 
 label = Label()

@@ -9,7 +9,7 @@ How they come by is ring.kv. Over P ranks:
                  section 3.3.2): fewer messages, and memory for all keys.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ class RingAttention(Function):
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, axis: Axis, layout: str, kv: str, grad_dtype, kernel) -> Tensor:
         local_kv = torch.stack([k, v])  # [2, B, S_ring, G, K]: travels as one message
         out = lse = None
-        for source, (k_block, v_block) in TRAVELS[kv](axis, grad_dtype).visits(local_kv):
+        for source, (k_block, v_block) in TRAVELS[kv](axis, layout, grad_dtype).visits(local_kv):
             for tile in tiles(layout, axis.rank, source, q.shape[1]):
                 block = kernel.forward(q[:, tile.q], k_block[:, tile.kv], v_block[:, tile.kv], tile.causal)
                 if out is None:  # the first block is our own, and covers all queries
@@ -43,7 +43,7 @@ class RingAttention(Function):
     def backward(ctx, grad: Tensor):
         q, local_kv, out, lse = ctx.saved_tensors
         grad_q = accumulator(torch.zeros_like(q))
-        travel = TRAVELS[ctx.kv](ctx.axis, ctx.grad_dtype)
+        travel = TRAVELS[ctx.kv](ctx.axis, ctx.layout, ctx.grad_dtype)
         for source, kv in travel.visits(local_kv):
             grad_kv = accumulator(torch.zeros_like(kv))
             for tile in tiles(ctx.layout, ctx.axis.rank, source, q.shape[1]):
@@ -61,16 +61,19 @@ class RingAttention(Function):
 class Rotate:
     """Blocks travel around the ring, and in backward their gradients behind them."""
 
-    def __init__(self, axis: Axis, grad_dtype: torch.dtype) -> None:
-        self.axis, self.grad_dtype = axis, grad_dtype
+    def __init__(self, axis: Axis, layout: str, grad_dtype: torch.dtype) -> None:
+        self.axis, self.layout, self.grad_dtype = axis, layout, grad_dtype
         self.in_flight: Pending | None = None  # the gradient of the block that visits next, as far as others have it
 
     def visits(self, kv: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(source rank, its kv) for every rank of the ring, our own first, the next hop already in flight."""
-        for hop in range(self.axis.size):
+        for hop in self.hops():
             arriving = shift(kv, self.axis) if hop + 1 < self.axis.size else None
             yield (self.axis.rank - hop) % self.axis.size, kv
             kv = arriving.wait() if arriving else None
+
+    def hops(self) -> Iterable[int]:
+        return range(self.axis.size)
 
     def give(self, source: int, grad_kv: Tensor) -> None:
         """Our part of the gradient of the block that is visiting."""
@@ -88,7 +91,7 @@ class Rotate:
 class Gather:
     """All blocks are gathered at once."""
 
-    def __init__(self, axis: Axis, grad_dtype: torch.dtype) -> None:
+    def __init__(self, axis: Axis, layout: str, grad_dtype: torch.dtype) -> None:
         self.axis, self.grad_dtype = axis, grad_dtype
         self.grads: dict[int, Tensor] = {}
 

@@ -1,0 +1,61 @@
+"""real, emulate and simulate agree: the same code runs in all three, so it sends, computes and holds the same."""
+
+import pytest
+import torch
+
+from bench.launch import unlike_ranks
+from bench.observe import Observed
+from bench.simulate import simulate
+from tests import instruments
+from tests.cases import Case, cases, config_of
+from tests.ranks import on_ranks, standing_for
+
+MODEL = {"dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "ffn_dim": 96, "vocab_size": 64}
+BATCH, SEQ_LEN = 3, 64
+
+
+def real(rank: int, case: Case) -> Observed:
+    return instruments.observed(*instruments.train(case, MODEL, BATCH, SEQ_LEN))
+
+
+def emulated(case: Case) -> Observed:
+    training, batch = instruments.train(case, MODEL, BATCH, SEQ_LEN)
+    assert all(torch.isfinite(parameter).all() for parameter in training.model.parameters())
+    return instruments.observed(training, batch)
+
+
+def simulated(case: Case) -> Observed:
+    return simulate(config_of(case, MODEL, BATCH, SEQ_LEN), lambda text: None)
+
+
+def in_turn(process: int, case: Case, ranks: list[int]) -> dict[int, Observed]:
+    """One process emulates each of the ranks, and another simulates them."""
+    found = {}
+    for rank in ranks:
+        with standing_for(rank, case.world_size):
+            found[rank] = (emulated, simulated)[process](case)
+    return found
+
+
+def lines(observed: Observed) -> list[str]:
+    return sorted(str(entry) for entry in observed.comm)
+
+
+@pytest.mark.parametrize("case", [*cases(4), *cases(8)], ids=str)
+def test_the_three_modes_agree(case: Case):
+    """Line by line of comm.csv and to the FLOP, on every rank; peaks within 1 %."""
+    truth = on_ranks(case.world_size, real, case)
+    ranks = list(range(case.world_size))
+    emulate, simulate = on_ranks(2, in_turn, case, ranks, grouped=False)
+    for mode, found in (("emulate", emulate), ("simulate", simulate)):
+        for rank in ranks:
+            ours, theirs = found[rank], truth[rank]
+            assert lines(ours) == lines(theirs), f"{mode}, rank {rank}"
+            assert ours.flops == theirs.flops, f"{mode}, rank {rank}"
+            assert ours.peak.total == pytest.approx(theirs.peak.total, rel=0.01), f"{mode}, rank {rank}"
+            for part in ("params", "grads", "optimizer"):
+                assert getattr(ours.peak, part) == getattr(theirs.peak, part), f"{mode}, rank {rank}"
+    launched = unlike_ranks(config_of(case, MODEL, BATCH, SEQ_LEN))
+    for size in (lambda o: o.peak.total, lambda o: o.flops, lambda o: sum(entry["sent_bytes"] for entry in o.comm)):
+        everywhere = [size(simulate[rank]) for rank in ranks]
+        assert max(everywhere[rank] for rank in launched) == max(everywhere), f"{launched} of {everywhere}"
