@@ -128,7 +128,7 @@ def outcome_line(row: dict) -> str:
 
 def cell(key: str, form: str, unit: float = 1) -> Callable[[dict], str]:
     """Writes a row's value of `key`, in `unit`; nothing where it has none."""
-    return lambda row: form.format(row[key] / unit) if row.get(key) is not None else ""
+    return lambda row: form.format(row[key] / unit if unit > 1 else row[key]) if row.get(key) is not None else ""
 
 
 CELLS = {  # of the table at the end

@@ -44,22 +44,21 @@ def simulate(config: dict, progress: Callable[[str], None]) -> Observed:
 
 
 class AlikeOnce(Rotate):
-    """A ring in which hops that are alike run a few times only, and one of them is counted for the others.
+    """A ring whose hops that are alike run a few times only, one of them counted for the others.
 
-    A hop is like the one before if it sees the same tile of the visiting block. The first and the last hops of those
-    that are alike do run, because what is in flight beside them differs.
+    A hop is like the one before if it sees the same tile of the visiting block. The first two and the last of those
+    that are alike always run, because what is in flight beside them differs.
     """
 
     def hops(self) -> Iterator[int]:
         size, rank = self.axis.size, self.axis.rank
         for _, group in groupby(range(size), lambda hop: tiles(self.layout, rank, (rank - hop) % size, 4)):
             alike = list(group)
-            first, repeated, last = alike[:EDGE], alike[EDGE:-EDGE], alike[max(EDGE, len(alike) - EDGE) :]
-            yield from first
-            if repeated:
-                with labelled(times=len(repeated)):
-                    yield repeated[0]
-            yield from last
+            yield from alike[:2]
+            if between := alike[2:-1]:
+                with labelled(times=len(between)):
+                    yield between[0]
+            yield from alike[2:][-1:]
 
 
 def step_of(config: dict, n_layers: int) -> Observed:

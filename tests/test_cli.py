@@ -41,8 +41,16 @@ WRONG = {  # overrides -> what the one sentence says
     "model=hf model.path=/nowhere": "model.path: /nowhere/config.json: No such file or directory",
     "data=tokens": "data.path is missing",
     "data.path=/nowhere": "data.path=/nowhere: no such file or folder",
-    "device=cuda strategy=ring world_size=64 seq_len=128": "device=cuda: world_size=64 needs as many GPUs",
+    "device=cuda strategy=ring world_size=64 seq_len=128": "device=cuda: world_size=64 needs 64 GPUs",
     "attention.kernel=flash_attn": "these run: sdpa, math",
+    "mode=simulat": "did you mean simulate?",
+    "mode=simulate world_size=3": "mesh.ulysses",
+    "mode=simulate rounds=2": "mode=simulate has no clock yet",
+    "mode=simulate attention.kernel=flash_attn": "flash_attn has no implementation on fake tensors; sdpa",
+    "mode=emulate save_path=/tmp/x": "save_path=/tmp/x: mode=emulate",
+    "mode=simulate search=max_seq_len": "cluster=h100 would do",
+    "mode=emulate full_depth=true": "full_depth=true is for mode=simulate, and mode=emulate",
+    "mode=emulate device=cuda": "device=cuda: mode=emulate needs 1 GPUs",
     "model.vocab_size=100": "data=text has tokens from 0 to",
 }
 
