@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -27,7 +28,23 @@ def stays(row: dict, rerun: str, rounds: int) -> bool:
     return rerun == "none" or (rerun == "failed" and row["status"] == "ok")
 
 
-def run(job: Job, rerun: str, place: str = "", earlier: list[list[dict]] | None = None) -> dict:
+Launcher = Callable[[dict, str], Outcome]  # of a configuration, and what it is in a few words
+
+
+def in_silence(config: dict, what: str) -> Outcome:
+    return launch(config, lambda text: None)
+
+
+def in_sight(config: dict, what: str) -> Outcome:
+    """Say meanwhile what runs; on a terminal in a line that also says how far it is, and goes."""
+    if not console.is_terminal:
+        console.print(what)
+        return in_silence(config, what)
+    with console.status(what) as status:
+        return launch(config, lambda text: status.update(f"{what} · {text}"))
+
+
+def run(job: Job, rerun: str, launcher: Launcher = in_sight, earlier: list[list[dict]] | None = None) -> dict:
     """Run one configuration and write its row, or return the row that is kept from an earlier run.
 
     earlier: what the ranks measured in earlier rounds of this sweep; this round's is added to it.
@@ -52,7 +69,7 @@ def run(job: Job, rerun: str, place: str = "", earlier: list[list[dict]] | None 
         stored = records.load(folder, record["run_id"])
         if stored and not rounds and stays(stored, rerun, config["rounds"]):
             return {**stored, "kept": True}
-        outcome = launch_in_sight(config, f"{place}{title(record)}")
+        outcome = launcher(config, title(record))
         record |= {"status": outcome.status, "reason": outcome.reason}
         if outcome.status == "ok":
             rounds.append(outcome.ranks)
@@ -61,7 +78,7 @@ def run(job: Job, rerun: str, place: str = "", earlier: list[list[dict]] | None 
             if (fault := records.implausible(record)) is not None:
                 record |= {"status": "error", "reason": fault}
             elif config["mode"] == "simulate" and config["cluster"]:
-                record |= fit(config, record, place)
+                record |= fit(config, record, launcher)
         elif outcome.traceback:
             record["traceback"] = outcome.traceback
     record["seconds"] = round(time.time() - started, 3)
@@ -69,7 +86,7 @@ def run(job: Job, rerun: str, place: str = "", earlier: list[list[dict]] | None 
     return record
 
 
-def fit(config: dict, record: dict, place: str) -> dict:
+def fit(config: dict, record: dict, launcher: Launcher) -> dict:
     """Does the simulated rank fit into its GPU, and, if that is asked, up to which sequence would it?"""
     capacity, peak = record["capacity_bytes"], record["peak_bytes"]
     status, reason = record["status"], record["reason"]
@@ -80,7 +97,7 @@ def fit(config: dict, record: dict, place: str) -> dict:
         return {"status": status, "reason": reason}
 
     def peak_of(seq_len: int) -> int:
-        outcome = launch_in_sight({**config, "seq_len": seq_len}, f"{place}{title(record)} · does {seq_len} fit?")
+        outcome = launcher({**config, "seq_len": seq_len}, f"{title(record)} · does seq_len={seq_len} fit?")
         if outcome.status != "ok":
             raise RuntimeError(f"search={config['search']} ended at seq_len={seq_len}: {outcome.reason}")
         return max(rank["peak"]["total"] for rank in outcome.ranks)
@@ -95,15 +112,6 @@ def fit(config: dict, record: dict, place: str) -> dict:
 
 def gib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB"
-
-
-def launch_in_sight(config: dict, what: str) -> Outcome:
-    """Launch, and say meanwhile what runs; on a terminal in a line that also says how far it is, and goes."""
-    if not console.is_terminal:
-        console.print(what)
-        return launch(config, lambda text: None)
-    with console.status(what) as status:
-        return launch(config, lambda text: status.update(f"{what} · {text}"))
 
 
 def title(row: dict) -> str:
@@ -185,7 +193,8 @@ def run_all(jobs: list[Job]) -> list[dict]:
     done: dict[int, dict] = {}
     try:
         start_server()
-        for i, row in run_each(jobs):
+        simulated = all(job.config["mode"] == "simulate" for job in jobs)
+        for i, row in (simulate_each if simulated else run_each)(jobs):
             done[i] = row
     except KeyboardInterrupt:
         console.print(f"interrupted: {len(done)} of {len(jobs)} rows are in {RUNS / jobs[0].config['name']}; ", end="")
@@ -194,6 +203,24 @@ def run_all(jobs: list[Job]) -> list[dict]:
     rows = [done[i] for i in sorted(done)]
     print_table(rows, jobs[0].config["name"])
     return rows
+
+
+def simulate_each(jobs: list[Job]) -> Iterator[tuple[int, dict]]:
+    """The same for simulated ranks, which need no quiet machine: as many jobs at a time as there are cores."""
+    started = time.monotonic()
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        waiting = {pool.submit(run, job, job.config["rerun"], in_silence): i for i, job in enumerate(jobs)}
+        try:
+            for n, future in enumerate(as_completed(waiting), 1):
+                row = future.result()
+                left = (time.monotonic() - started) / n * (len(jobs) - n)
+                place = f"[{n}/{len(jobs)}, about {left:.0f} s left] "
+                console.print(
+                    f"{place}{title(row)} · {outcome_line(row)}", style=None if row["status"] == "ok" else "red"
+                )
+                yield waiting[future], row
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def run_each(jobs: list[Job]) -> Iterator[tuple[int, dict]]:
@@ -213,7 +240,7 @@ def run_each(jobs: list[Job]) -> Iterator[tuple[int, dict]]:
         left = f", about {sum(spent) / len(spent) * (len(turns) - n):.0f} s left" if spent else ""
         place = f"[{n + 1}/{len(turns)}{left}] "
         started = time.monotonic()
-        row = run(job, job.config["rerun"], place, measured[i])
+        row = run(job, job.config["rerun"], lambda config, what: in_sight(config, place + what), measured[i])  # noqa: B023
         if not row.get("kept"):
             spent.append(time.monotonic() - started)
         launched = row["status"] != "invalid" and not row.get("kept")

@@ -48,7 +48,7 @@ class AttentionAlone:
 
     @property
     def times_the_whole(self) -> bool:
-        return not dist.is_initialized() or dist.get_rank() == 0
+        return not dist.is_initialized() or dist.get_rank() == 0 or dist.get_backend() == "fake"
 
     def part(self, whole: Tensor) -> Tensor:
         """[B, S, H, K] -> this rank's [B_dp, S_local, H_tp, K]."""
@@ -92,9 +92,11 @@ class AttentionAlone:
     def ideal_ms(self) -> list[float]:
         """Of each step, what a perfect division of the whole among the ranks would take, where this rank timed it.
 
-        GPUs divide it; ranks on a CPU share the cores that the one process had to itself.
+        GPUs divide it, and so do emulated ranks, which have the device to themselves; real ranks on a CPU share the
+        cores that the one process had.
         """
-        divided = dist.get_world_size() if self.device == "cuda" and dist.is_initialized() else 1
+        alone = dist.is_initialized() and (self.device == "cuda" or dist.get_backend() == "fake")
+        divided = dist.get_world_size() if alone else 1
         return [step["step"] / divided for step in self.watch.steps()]
 
 

@@ -8,11 +8,14 @@ payload: an all_gather's output, a reduce_scatter's input, the buffer otherwise.
 import re
 import sys
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+import torch.fx.traceback
 from torch import Tensor, nn
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.utils import checkpoint
@@ -76,9 +79,14 @@ class Ledger:
         self.phase = "forward"
         self.entries: dict[tuple, Entry] = {}
 
+    @contextmanager
     def watching(self):
-        """Anomaly mode, because it alone remembers in backward which forward line made a node."""
-        return torch.autograd.set_detect_anomaly(True, check_nan=False)
+        """Anomaly mode, because it alone remembers in backward which forward line made a node: that line only."""
+        with (
+            patch.object(torch.fx.traceback, "format_stack", strategy_line),
+            torch.autograd.set_detect_anomaly(True, check_nan=False),
+        ):
+            yield
 
     def saw(self, func, args, kwargs, out) -> None:
         if func.namespace in ("c10d", "_c10d_functional"):
@@ -119,10 +127,18 @@ class Ledger:
                 return f"{match[1]}:{frame.f_lineno}", False
             frame = frame.f_back
         node = torch._C._current_autograd_node()  # in backward: the line whose forward made this node
-        for line in reversed(node.metadata.get("traceback_", []) if node is not None else []):
-            if (match := STRATEGY_FILE.search(line)) and (number := re.search(r"line (\d+)", line)):
-                return f"{match[1]}:{number[1]}", False
-        return "harness", False
+        lines = node.metadata.get("traceback_") if node is not None else None
+        return lines[0] if lines else "harness", False
+
+
+def strategy_line() -> list[str]:
+    """The innermost line of a strategy on the stack, if there is one."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if match := STRATEGY_FILE.match(frame.f_code.co_filename):
+            return [f"{match[1]}:{frame.f_lineno}"]
+        frame = frame.f_back
+    return []
 
 
 def is_group(argument: torch.ScriptObject) -> bool:

@@ -70,23 +70,26 @@ def turns(config: dict) -> list[list[int]]:
 
 
 def unlike_ranks(config: dict) -> list[int]:
-    """Rank 0, and the last ones along every axis that may deal unevenly: a ring, or parts that do not divide.
+    """The ranks among which is the one that does most, the one that holds most, and the one that sends most.
 
-    The last rank of an uneven division has the largest part (Axis.span), but rank 0 of ZeRO's.
+    The last rank of a ring sees most of the visiting keys, and the last of an uneven division has the largest part
+    (Axis.span); but where ZeRO's shards are uneven, it is the first that has it.
     """
     mesh, model = config["mesh"], config["model"]
-    uneven = {
-        "dp": config["batch_size"] % mesh["dp"] > 0,
-        "ring": mesh["ring"] > 1,
+    last = {
+        "dp": config["batch_size"] > mesh["dp"] and config["batch_size"] % mesh["dp"] > 0,
+        "ring": True,
         "ulysses": False,
         "tp": any(model[size] % mesh["tp"] for size in ("vocab_size", "ffn_dim")),
     }
     inner = ["ring", "ulysses"] if config["placement"] == "ulysses_inner" else ["ulysses", "ring"]
-    ranks = [0]
+    rank = 0
     for axis in ("dp", *inner, "tp"):  # slowest first, as in strategies/ops/mesh.py
-        places = [0, mesh[axis] - 1] if uneven[axis] else [0]
-        ranks = [rank * mesh[axis] + place for rank in ranks for place in places]
-    return ranks
+        rank = rank * mesh[axis] + (mesh[axis] - 1 if last[axis] else 0)
+    rows = {model["dim"], model["vocab_size"], model["ffn_dim"]}
+    rows |= {model[heads] * model["head_dim"] for heads in ("n_heads", "n_kv_heads")}
+    uneven_zero = any(size % config["world_size"] for size in rows)
+    return sorted({0, rank}) if uneven_zero else [rank]
 
 
 def run_ranks(ranks: list[int], config: dict, deadline: float, progress: Callable[[str], None]) -> Outcome:

@@ -7,6 +7,7 @@ import operator
 import os
 import statistics
 import subprocess
+import threading
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -36,6 +37,7 @@ COMM_COLUMNS = ["phase", "kind", "axis", "group_size", "dtype", "calls", "payloa
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "p2p")
 NOT_IDENTITY = ("name", "rerun", "rounds", "notes")  # where a configuration is kept, not what it is
 ROOT = Path(__file__).parents[1]
+saving = threading.Lock()  # simulated configurations run several at a time
 
 
 def run_id(config: dict) -> str:
@@ -204,10 +206,11 @@ def provenance() -> dict:
 def save(folder: Path, record: dict, comm: Iterable[dict]) -> None:
     """Write one configuration's record and its comm.csv, then the sweep's results.csv."""
     target = folder / record["run_id"]
-    target.mkdir(parents=True, exist_ok=True)
-    write_csv(target / "comm.csv", COMM_COLUMNS, comm)
-    replace(target / "record.json", json.dumps(record, indent=2) + "\n")
-    write_csv(folder / "results.csv", COLUMNS, load_all(folder))
+    with saving:
+        target.mkdir(parents=True, exist_ok=True)
+        write_csv(target / "comm.csv", COMM_COLUMNS, comm)
+        replace(target / "record.json", json.dumps(record, indent=2) + "\n")
+        write_csv(folder / "results.csv", COLUMNS, load_all(folder))
 
 
 def load(folder: Path, run_id: str) -> dict | None:

@@ -28,12 +28,12 @@ class TPUSP(TPSP):
 
     @classmethod
     def degrees(cls, free: int, left_open: list[str], shape: Shape) -> dict[str, int]:
-        """Two ranks for each open axis, as far as they go, and the rest for the first."""
+        """Two ranks for each open axis, as far as they go, and the rest for the ring: no number of heads limits it."""
         degrees = {}
         for axis in left_open:
             degrees[axis] = 2 if free % 2 == 0 else 1
             free //= degrees[axis]
-        degrees[left_open[0]] *= free
+        degrees["ring" if "ring" in left_open else left_open[0]] *= free
         return degrees
 
     @classmethod
