@@ -4,6 +4,7 @@ Ranks are forked from a server that has torch and this project imported already,
 milliseconds; they are fresh processes all the same, so nothing of one configuration reaches the next.
 """
 
+import math
 import multiprocessing as mp
 import os
 import re
@@ -88,7 +89,7 @@ def unlike_ranks(config: dict) -> list[int]:
         rank = rank * mesh[axis] + (mesh[axis] - 1 if last[axis] else 0)
     rows = {model["dim"], model["vocab_size"], model["ffn_dim"]}
     rows |= {model[heads] * model["head_dim"] for heads in ("n_heads", "n_kv_heads")}
-    uneven_zero = any(size % config["world_size"] for size in rows)
+    uneven_zero = any(size % math.prod(mesh.values()) for size in rows)
     return sorted({0, rank}) if uneven_zero else [rank]
 
 

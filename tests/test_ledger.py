@@ -10,9 +10,10 @@ from dataclasses import replace
 import pytest
 
 from analysis.cost_table import predicted, step_bytes
+from bench.launch import unlike_ranks
 from tests import instruments
 from tests.cases import CASES, HEADS, Case, config_of
-from tests.ranks import on_ranks
+from tests.ranks import on_ranks, standing_for
 
 SIZES = {"dim": 64, "n_heads": 8, "ffn_dim": 96, "vocab_size": 64, "tie_embeddings": False}
 E_GRAD = 4  # bytes of a travelling dK, dV: fp32
@@ -145,16 +146,17 @@ def test_one_block_sends_what_the_papers_say(case: Case):
         assert max(counted, key=total) == expected, f"{n_kv_heads} kv heads, batch {batch}, {dtype}"
 
 
-def counted_step(rank: int, case: Case, config: dict) -> tuple[float, Form, list[str]]:
-    """All bytes, and by phase and kind; and the lines that sent them."""
-    entries = instruments.ledger(
-        case,
-        config["model"],
-        config["batch_size"],
-        config["seq_len"],
-        config["precision"],
-        ring_grad_dtype=config["ring"]["grad_dtype"],
-    )
+def counted_step(process: int, case: Case, config: dict, ranks: list[int]) -> tuple[float, Form, list[str]]:
+    """All bytes, and by phase and kind; and the lines that sent them. Each process emulates one of the ranks."""
+    with standing_for(ranks[process % len(ranks)], case.world_size):
+        entries = instruments.ledger(
+            case,
+            config["model"],
+            config["batch_size"],
+            config["seq_len"],
+            config["precision"],
+            ring_grad_dtype=config["ring"]["grad_dtype"],
+        )
     form: dict = {}
     for entry in entries:
         key = entry["phase"], entry["kind"], entry["weights"]
@@ -198,7 +200,9 @@ def test_a_whole_step_sends_what_the_cost_table_says(case: Case, variation: str)
     sizes = {**SIZES, "n_kv_heads": HEADS["gqa"], "n_layers": 2, **change.get("model", {})}
     precision, grad_dtype = change.get("precision", "fp32"), change.get("ring_grad_dtype", "fp32")
     config = config_of(case, sizes, change.get("batch_size", 2), 32, precision, ring_grad_dtype=grad_dtype)
-    sent, form, sources = max(on_ranks(4, counted_step, case, config), key=lambda counted: counted[0])
+    ranks = unlike_ranks(config)
+    counted = on_ranks(len(ranks), counted_step, case, config, ranks, grouped=False)
+    sent, form, sources = max(counted, key=lambda counted: counted[0])
     assert sent == pytest.approx(step_bytes(config), abs=4)  # uneven parts are rounded one by one
     expected: dict = {}
     for line in predicted(config):

@@ -41,7 +41,7 @@ def lines(observed: Observed) -> list[str]:
     return sorted(str(entry) for entry in observed.comm)
 
 
-@pytest.mark.parametrize("case", [*cases(4), *cases(8)], ids=str)
+@pytest.mark.parametrize("case", [*cases(4), *(case for case in cases(8) if case.layout == "zigzag")], ids=str)
 def test_the_three_modes_agree(case: Case):
     """Line by line of comm.csv and to the FLOP, on every rank; peaks within 1 %."""
     truth = on_ranks(case.world_size, real, case)
