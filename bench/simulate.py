@@ -138,9 +138,9 @@ def edges(peaks: dict[str, Peak], depth: int) -> dict[str, Peak]:
 
 
 def stands_for(i: int, n_layers: int) -> list[int]:
-    """The blocks of a deeper model that are as block i of DEPTHS[1] layers."""
-    if i == EDGE - 1:
-        return list(range(i, n_layers - EDGE))
+    """The blocks of a deeper model that are as block i of DEPTHS[1] layers, of which one is no block near an end."""
+    if i == EDGE:
+        return list(range(EDGE, n_layers - EDGE))
     return [i if i < EDGE else n_layers - (DEPTHS[1] - i)]
 
 
@@ -155,6 +155,10 @@ def sizes(entry: dict) -> dict:
 
 def foretold(guess: Observed, seen: Observed) -> bool:
     """Is what was extrapolated to DEPTHS[2] what a step of that depth shows?"""
-    same_comm = {line_of(e): sizes(e) for e in guess.comm} == {line_of(e): sizes(e) for e in seen.comm}
     same_peaks = guess.peaks == edges(seen.peaks, DEPTHS[2])
-    return same_comm and same_peaks and (guess.flops, guess.after_forward) == (seen.flops, seen.after_forward)
+    same_sizes = (guess.flops, guess.after_forward) == (seen.flops, seen.after_forward)
+    return same_peaks and same_sizes and in_order(guess.comm) == in_order(seen.comm)
+
+
+def in_order(comm: list[dict]) -> list[tuple]:
+    return sorted((line_of(entry), *sizes(entry).values()) for entry in comm)

@@ -25,6 +25,14 @@ class Odysseus(TPSP):
     axes = ("tp", "ring")
 
     @classmethod
+    def degrees(cls, free: int, left_open: list[str], shape: Shape) -> dict[str, int]:
+        """The widest tp that the heads allow, and the rest for the ring."""
+        if len(left_open) == 1:
+            return {left_open[0]: free}
+        tp = next(t for t in range(free, 0, -1) if free % t == 0 and heads_rule("mesh.tp", t, shape).fits(t))
+        return {"tp": tp, "ring": free // tp}
+
+    @classmethod
     def rules(cls, shape: Shape) -> list[Rule]:
         return [heads_rule("mesh.tp", shape.degrees["tp"], shape), sequence_rule(shape)]
 
