@@ -99,16 +99,16 @@ def tell_places(model: nn.Module, log: MemoryLog) -> None:
 
 
 def extrapolated(short: Observed, longer: Observed, n_layers: int) -> Observed:
-    """What two steps, of DEPTHS[0] and DEPTHS[1] layers, say of n_layers: each layer more adds the same.
+    """What two steps, of DEPTHS[0] layers and of one more, say of n_layers: each layer more adds the same.
 
     Peaks are followed place by place, and the peak is the highest of them: where it is may depend on the depth.
     """
 
     def line(at_short: float, at_longer: float) -> float:
-        return at_longer + (n_layers - DEPTHS[1]) * (at_longer - at_short) / (DEPTHS[1] - DEPTHS[0])
+        return at_longer + (n_layers - DEPTHS[1]) * (at_longer - at_short)
 
     def lines(before: dict, after: dict) -> dict:
-        return {key: type(after[key])(line(before[key], after[key])) for key in after}
+        return {key: line(before[key], after[key]) for key in after}
 
     before, after = edges(short.peaks, DEPTHS[0]), edges(longer.peaks, DEPTHS[1])
     peaks = {place: Peak(**lines(asdict(before[place]), asdict(after[place]))) for place in after}
@@ -120,9 +120,8 @@ def extrapolated(short: Observed, longer: Observed, n_layers: int) -> Observed:
         else:  # weights of one block: the same for every block in between
             for i in stands_for(int(block[1]), n_layers):
                 comm.append({**entry, "source": BLOCK.sub(f"blocks.{i}", entry["source"])})
-    return Observed(
-        comm, int(line(short.flops, longer.flops)), peaks, int(line(short.after_forward, longer.after_forward))
-    )
+    flops, after_forward = line(short.flops, longer.flops), line(short.after_forward, longer.after_forward)
+    return Observed(comm, flops, peaks, after_forward)
 
 
 def edges(peaks: dict[str, Peak], depth: int) -> dict[str, Peak]:
