@@ -32,3 +32,5 @@ if __name__ == "__main__":
         main()
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(f"bench: {sentence(error)}")
+    except KeyboardInterrupt:  # before the first configuration runs; later ones have their own answer
+        sys.exit(130)

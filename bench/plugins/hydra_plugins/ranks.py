@@ -23,6 +23,8 @@ class RanksLauncher(Launcher):
         from bench.app import run_all
         from bench.config import Job
 
+        if len(job_overrides) > 50:
+            print(f"composing {len(job_overrides)} configurations ...", flush=True)
         load = self.hydra_context.config_loader.load_sweep_config
         rows = run_all([Job.of(load(self.config, list(overrides)), overrides) for overrides in job_overrides])
         if not any(row["status"] == "ok" for row in rows):
