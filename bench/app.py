@@ -70,6 +70,10 @@ def run(job: Job, rerun: str, launcher: Launcher = in_sight, earlier: list[list[
         if stored and not rounds and stays(stored, rerun, config["rounds"]):
             return {**stored, "kept": True}
         outcome = launcher(config, title(record))
+        if outcome.status == "ok" and config["exposed_comm"]:
+            silent = launcher({**config, "mode": "silent"}, f"{title(record)} · collectives return at once")
+            outcome.ranks[0]["silent"] = silent.ranks
+            outcome = outcome if silent.status == "ok" else silent
         record |= {"status": outcome.status, "reason": outcome.reason}
         if outcome.status == "ok":
             rounds.append(outcome.ranks)
@@ -143,6 +147,7 @@ CELLS = {  # of the table at the end
     "": lambda row: row["status"] if row["status"] != "ok" else "",
     "step ms": cell("step_ms_median", "{:.1f}"),
     "tokens/s": cell("tokens_per_s", "{:,.0f}"),
+    "exposed ms": cell("exposed_comm_ms", "{:.1f}"),
     "peak MiB": cell("peak_bytes", "{:,.1f}", 2**20),
     "of memory": lambda row: f"{row['peak_bytes'] / row['capacity_bytes']:.0%}" if fits_known(row) else "",
     "longest": cell("max_seq_len", "{:,}"),

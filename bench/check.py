@@ -86,6 +86,8 @@ def check_mode(config: dict) -> None:
         raise Invalid(
             f"save_path={config['save_path']}: mode={mode} trains nothing worth saving; null or mode=real would do"
         )
+    if mode != "real" and config["exposed_comm"]:
+        raise Invalid(f"exposed_comm=true needs real collectives to compare with, and mode={mode}; mode=real would do")
     if mode != "simulate" and (search != "none" or config["full_depth"]):
         key = "full_depth=true" if search == "none" else f"search={search}"
         raise Invalid(f"{key} is for mode=simulate, and mode={mode}")

@@ -135,6 +135,7 @@ class Config:
     seed: int = 0
     device: str = "cpu"
     mode: str = "real"
+    exposed_comm: bool = False
     full_depth: bool = False
     search: str = "none"
     workload: str = "step"

@@ -61,10 +61,10 @@ def launch(config: dict, progress: Callable[[str], None]) -> Outcome:
 def turns(config: dict) -> list[list[int]]:
     """The ranks that run, those together that run at the same time.
 
-    Real ones need each other. An emulated rank has the device to itself. Of those that are not real, only ranks that
-    may differ in what they do or hold run at all.
+    Real ones need each other, and silent ones are timed to be compared with them. An emulated rank has the device to
+    itself. Of emulated and simulated ranks, only those that may differ in what they do or hold run at all.
     """
-    if config["mode"] == "real":
+    if config["mode"] in ("real", "silent"):
         return [list(range(config["world_size"]))]
     ranks = unlike_ranks(config)
     return [ranks] if config["mode"] == "simulate" else [[rank] for rank in ranks]

@@ -30,7 +30,7 @@ COLUMNS = [
     "loss_first", "loss_last", "torch_version", "git_sha", "git_dirty", "command", "started_at",
     "workload", "direction", "placement", "ulysses_packed", "ring_kv", "mlp_chunks", "loss_chunks", "rounds",
     "iterations_per_s", "ideal_ms", "share_of_ideal",
-    "cluster", "capacity_bytes", "after_forward_bytes", "max_seq_len", "mode_seconds",
+    "exposed_comm_ms", "cluster", "capacity_bytes", "after_forward_bytes", "max_seq_len", "mode_seconds",
 ]
 COMM_COLUMNS = ["phase", "kind", "axis", "group_size", "dtype", "calls", "payload_bytes", "sent_bytes", "source"]
 # fmt: on
@@ -66,6 +66,15 @@ def describe(config: dict) -> dict:
         "cluster": config["cluster"]["name"] if config["cluster"] else None,
         "capacity_bytes": int(config["cluster"]["mem_gb"] * 2**30) if config["cluster"] else None,
     }
+
+
+def exposed_comm(rounds: list[list[dict]]) -> float | None:
+    """Step time less that of the same step when collectives return at once, where that was timed, round by round."""
+    if "silent" not in rounds[0][0]:
+        return None
+    pairs = [(of_round, of_round[0]["silent"]) for of_round in rounds]
+    medians = [[statistics.median(slowest(ranks)["step"]) for ranks in pair] for pair in pairs]
+    return statistics.median(real - silent for real, silent in medians)
 
 
 def measure(config: dict, rounds: list[list[dict]]) -> tuple[dict, list[dict]]:
@@ -124,6 +133,7 @@ def times(config: dict, rounds: list[list[dict]], flops: int) -> dict:
         "tokens_per_s": config["batch_size"] * config["seq_len"] / step_ms * 1000,
         "iterations_per_s": 1000 / step_ms,
         "round_ms": [statistics.median(of_round["step"]) for of_round in timed],
+        "exposed_comm_ms": exposed_comm(rounds),
         "tflops_per_rank": tflops,
         "mfu": tflops / peak_tflops if peak_tflops else None,
         "ideal_ms": statistics.median(ideal) if ideal else None,
