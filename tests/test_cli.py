@@ -50,6 +50,7 @@ WRONG = {  # overrides -> what the one sentence says
     "mode=emulate save_path=/tmp/x": "save_path=/tmp/x: mode=emulate",
     "mode=simulate search=max_seq_len": "cluster=h100 would do",
     "mode=emulate full_depth=true": "full_depth=true is for mode=simulate, and mode=emulate",
+    "exposed_comm=true mode=simulate": "exposed_comm=true needs real collectives",
     "mode=emulate device=cuda": "device=cuda: mode=emulate needs 1 GPUs",
     "model.vocab_size=100": "data=text has tokens from 0 to",
 }
@@ -194,3 +195,12 @@ def test_ranks_share_the_work_of_one(tmp_path):
     whole = instruments.flops(0, Case("single"), sizes, 4, 64)
     for case in (Case("zero", dp=4), Case("tp_sp", tp=4), Case("ulysses", ulysses=4), Case("usp", ulysses=2, ring=2)):
         assert sum(on_ranks(4, instruments.flops, case, sizes, 4, 64)) == whole, case
+
+
+def test_exposed_communication_is_a_part_of_the_step(tmp_path, monkeypatch):
+    """It is a part of the step, and known only where the silent step was timed too."""
+    monkeypatch.setattr(app, "RUNS", tmp_path)
+    row = app.run_one(job("strategy=zero", "exposed_comm=true", "data=random"))
+    assert row["status"] == "ok"
+    assert row["exposed_comm_ms"] < row["step_ms_median"]
+    assert app.run_one(job("strategy=zero", "data=random"))["exposed_comm_ms"] is None
