@@ -6,6 +6,7 @@ import os
 import tempfile
 import traceback
 from datetime import timedelta
+from multiprocessing.connection import wait
 
 from bench.launch import start_server
 
@@ -54,18 +55,22 @@ class Pool:
             self.processes.append(process)
 
     def run(self, function, *args) -> list:
-        """function(rank, *args) on every rank -> the results in rank order. Raises with the first rank's traceback."""
+        """function(rank, *args) on every rank -> the results in rank order. Raises with the traceback that came first.
+
+        Ranks that wait for one that failed would answer only when gloo gives up, with an error that says less.
+        """
         for pipe in self.pipes:
             pipe.send((function, args))
-        answers = []
-        for rank, pipe in enumerate(self.pipes):
-            if not pipe.poll(TIMEOUT_S):
-                raise TimeoutError(f"rank {rank} did not answer in {TIMEOUT_S} s")
-            answers.append(pipe.recv())
-        failures = [f"rank {rank}:\n{text}" for rank, (fine, text) in enumerate(answers) if not fine]
-        if failures:
-            raise AssertionError("\n".join(failures))
-        return [result for _, result in answers]
+        silent, results = dict(zip(self.pipes, range(len(self.pipes)), strict=True)), {}
+        while silent:
+            if not (answered := wait(silent, TIMEOUT_S)):
+                raise TimeoutError(f"ranks {sorted(silent.values())} did not answer in {TIMEOUT_S} s")
+            for pipe in answered:
+                rank = silent.pop(pipe)
+                fine, results[rank] = pipe.recv()
+                if not fine:
+                    raise AssertionError(f"rank {rank}:\n{results[rank]}")
+        return [results[rank] for rank in sorted(results)]
 
     def close(self) -> None:
         for pipe, process in zip(self.pipes, self.processes, strict=True):
