@@ -19,11 +19,11 @@ NEEDED = (
     "strategy",
     "seq_len",
     "world_size",
-    "step_ms_median",
     "comm_bytes",
     "analytic_comm_bytes",
 )
 MEASURED = (
+    "step_ms_median",  # mode=simulate has none
     *("step_ms_p10", "step_ms_p90", "tokens_per_s", "peak_bytes", "activation_bytes", "param_bytes", "grad_bytes"),
     *("optimizer_bytes", "other_bytes", "comm_bytes_params", "comm_bytes_activations", "loss_last"),
 )

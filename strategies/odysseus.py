@@ -18,6 +18,7 @@ from strategies.ops.layouts import ring_split
 from strategies.ops.linear import SEQUENCE
 from strategies.ops.mesh import everyone
 from strategies.ops.ring_attention import ring_attention
+from strategies.ops.weights import schedule_as_one
 from strategies.tp_sp import TPSP
 
 
@@ -42,6 +43,8 @@ class Odysseus(TPSP):
     def shard(self, model: nn.Module) -> None:
         self.everyone = everyone(self.mesh)
         super().shard(model)
+        if self.mesh.zero.size == 1:  # the MLPs are all that ZeRO shards
+            schedule_as_one(model, self.everyone)
 
     def shard_mlp(self, mlp: nn.Module) -> None:
         self.zero(mlp, axis=self.everyone)

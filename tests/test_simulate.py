@@ -124,3 +124,18 @@ def test_what_does_not_fit_says_so_and_what_would(tmp_path, monkeypatch):
     assert at["peak_bytes"] <= at["capacity_bytes"] < row["peak_bytes"]
     assert at["mode_seconds"] > 0
     assert at.get("step_ms_median") is None
+
+
+def at_the_end_of_backward(process: int, case: Case) -> tuple[int, int]:
+    """Bytes that are neither state nor kept activations, and parameters of this rank: of 2 layers, or of 6."""
+    config = config_of(case, MODEL, 4, 64)
+    with standing_for(0, case.world_size):
+        peak = simulate.step_of(config, (2, 6)[process]).peaks["backward embed"]
+    return peak.other, peak.params
+
+
+@pytest.mark.parametrize("case", [*DEEP[3:4], Case("zero", dp=4), Case("odysseus", tp=4), *DEEP[7:]], ids=str)
+def test_what_zero_gathers_does_not_pile_up(case: Case):
+    """Gradients as large as the model's would, if every unit of FSDP2 were a root of its own."""
+    (short, few), (deep, many) = on_ranks(2, at_the_end_of_backward, case, grouped=False)
+    assert deep - short < 0.1 * (many - few) * case.world_size

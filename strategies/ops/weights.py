@@ -120,6 +120,16 @@ def zero(*modules: nn.Module, axis: Axis, compute_dtype: torch.dtype, stage: int
         modules[0].set_custom_reduce_scatter(ReduceScatter())
 
 
+def schedule_as_one(model: nn.Module, axis: Axis) -> None:
+    """Let FSDP2 run the units inside the model, whose other weights it leaves alone, as those of one model.
+
+    Each would otherwise be a root, and a root keeps the buffer of its whole gradient until all of backward is over.
+    """
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        plain = {parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)}
+        fully_shard(model, mesh=axis.mesh, ignored_params=plain)
+
+
 class Replicas:
     """Parameters that every rank of an axis holds whole (ZeRO 0 and 1), in one flat buffer: one message for all."""
 
