@@ -16,6 +16,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from bench.lent import Lent
+
 
 @dataclass
 class Storage:
@@ -56,6 +58,7 @@ class MemoryLog:
         self.live: dict[int, Storage] = {}  # by the address of the storage object
         self.events: list[tuple[Storage, int]] = []  # (storage, change in bytes), in order
         self.after_forward = 0  # bytes held
+        self.lent = Lent()
         self.places: list[tuple[int, str]] = [(0, "forward")]  # the event with which each part of the step begins
         for role, tensors in state.items():
             for tensor in tensors:
@@ -63,6 +66,7 @@ class MemoryLog:
 
     def end_forward(self) -> None:
         """Whatever was made since the start and lives now is kept for backward: activations, or gathered weights."""
+        self.lent.settle()
         self.after_forward = sum(storage.nbytes for storage in self.live.values())
         self.reach("backward")
         for storage in self.live.values():
@@ -90,6 +94,8 @@ class MemoryLog:
             known.nbytes, known.gathered = nbytes, True
 
     def saw(self, func, args, kwargs, out) -> None:
+        if func.namespace == "c10d":
+            return  # it writes into what it is lent
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor) and getattr(tensor, "fake_mode", None) is self.fake_mode:
                 self.see(tensor.untyped_storage(), "other")
@@ -100,6 +106,7 @@ class MemoryLog:
         resize = torch.UntypedStorage.resize_
 
         def resize_and_tell(storage, nbytes):
+            self.lent.settle()
             resize(storage, nbytes)
             self.resized(storage, nbytes)
             return storage

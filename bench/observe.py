@@ -30,14 +30,17 @@ class Observed:
 class Instruments(TorchDispatchMode):
     """Shows every operation that runs inside `with Instruments(...):`, once it has run, to all of them."""
 
-    def __init__(self, *instruments) -> None:
+    def __init__(self, log: MemoryLog, *others) -> None:
         super().__init__()
-        self.instruments = instruments
+        self.lent, self.instruments = log.lent, (log, *others)
         self.contexts = ExitStack()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if DTensor in types:
             return NotImplemented  # it comes back as operations on its local tensor, which is what is here
+        self.lent.settle()
+        if func.namespace == "c10d":
+            args = self.lent.lend(args)
         out = func(*args, **(kwargs or {}))
         if func.namespace != "prim":
             for instrument in self.instruments:
@@ -59,7 +62,7 @@ def observe(training: Training | AttentionAlone, batch: Batch | None, log: Memor
     ledger, counter = Ledger(training.model), FlopCounter()
     options = training.strategy.options
     kernel, options.kernel = options.kernel, CountedKernel(options.kernel, counter)
-    with Instruments(ledger, counter, log):
+    with Instruments(log, ledger, counter):
         loss = training.forward(batch)
         log.end_forward()
         ledger.phase = "backward"

@@ -132,8 +132,7 @@ def by_the_allocator(rank: int, case: Case) -> tuple[int, int]:
         if event.name() == "[memory]":
             held += event.nbytes()
             highest = max(highest, held)
-    with Unhurried():
-        log = instruments.observed(training, batch).peak
+    log = instruments.observed(training, batch).peak
     return highest, log.total - log.params - log.grads - log.optimizer
 
 

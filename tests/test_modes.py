@@ -55,6 +55,7 @@ def test_the_three_modes_agree(case: Case):
             assert ours.peak.total == pytest.approx(theirs.peak.total, rel=0.01), f"{mode}, rank {rank}"
             for part in ("params", "grads", "optimizer"):
                 assert getattr(ours.peak, part) == getattr(theirs.peak, part), f"{mode}, rank {rank}"
+    assert [emulate[rank].peak for rank in ranks] == [observed.peak for observed in truth]  # to the byte
     launched = unlike_ranks(config_of(case, MODEL, BATCH, SEQ_LEN))
     for size in (lambda o: o.peak.total, lambda o: o.flops, lambda o: sum(entry["sent_bytes"] for entry in o.comm)):
         everywhere = [size(simulate[rank]) for rank in ranks]
