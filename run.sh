@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # ./run.sh        set up, run the sweep `quickstart`, write its report: runs/quickstart/report/index.html
 # ./run.sh test   set up, run the tests
+# ./run.sh peers  set up, install the libraries that ours are raced against, race them, write the report: runs/peers/report/
 # ./run.sh gpu    with the Python and torch that are already here: the CUDA tests and one timing sweep
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -33,6 +34,16 @@ case "${1:-quickstart}" in
         python -m bench -m sweep=quickstart rerun=all
         python -m analysis report runs/quickstart
         ;;
+    peers)
+        set_up
+        # DeepSpeed without the CUDA kernels that it would otherwise build.
+        DS_BUILD_OPS=0 pip install --quiet --disable-pip-version-check --editable '.[peers]'
+        python -m bench -m sweep=peers
+        python -m bench -m sweep=peers_step
+        python -m bench -m sweep=peers_ddp
+        python -m analysis report runs/peers
+        python -m analysis report runs/peers_step
+        ;;
     test)
         set_up
         find_browser
@@ -45,7 +56,7 @@ case "${1:-quickstart}" in
         python3 -m bench -m sweep=gpu rerun=all
         ;;
     *)
-        echo "run.sh knows: (nothing), test, gpu; not '$1'" >&2
+        echo "run.sh knows: (nothing), test, peers, gpu; not '$1'" >&2
         exit 2
         ;;
 esac

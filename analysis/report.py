@@ -18,6 +18,7 @@ from analysis.colours import colour
 from analysis.cost_table import BLOCK, SHORT, Letters, predicted, state, total
 from analysis.plots import PLOTS, draw_all, front_of, longest
 from analysis.published import PUBLISHED
+from analysis.race import race, verdict
 from analysis.reading import Sweep, load, mesh
 from analysis.table import written
 from analysis.templates import TEMPLATES
@@ -59,12 +60,16 @@ def write(folder: Path) -> list[str]:
         pictures.append({"name": name, "caption": PLOTS[name][1], "svg": base64.b64encode(svg.getvalue()).decode()})
         plt.close(figure)
     with_analytic(sweep, audits).to_csv(target / "results.csv", index=False)
+    if races := race(sweep):
+        pd.DataFrame(races).to_csv(target / "race.csv", index=False)
     page = TEMPLATES.get_template("report.html").render(
         sweep=sweep,
         cell=cell,
         facts=facts(sweep),
         answers=answers(sweep),
         results=results(sweep),
+        races=races,
+        verdict=verdict(races) if races else None,
         comparisons=comparisons(sweep, audits),
         pictures=pictures,
         left_out=left_out,

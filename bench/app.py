@@ -16,6 +16,7 @@ from bench.check import Invalid, resolve
 from bench.config import Job
 from bench.fit import longest
 from bench.launch import Outcome, launch, start_server
+from strategies import PEERS
 
 RUNS = Path("runs")
 console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True, highlight=False, markup=False)
@@ -81,6 +82,9 @@ def run(job: Job, rerun: str, launcher: Launcher = in_sight, earlier: list[list[
             record |= {**measured, "reason": "; ".join(config["notes"]), "mode_seconds": outcome.seconds}
             if (fault := records.implausible(record)) is not None:
                 record |= {"status": "error", "reason": fault}
+            elif (wrong := records.inaccurate(record)) is not None:
+                ours = record["strategy"] not in PEERS
+                record |= {"status": "error" if ours else "ok", "reason": joined(wrong, record["reason"])}
             elif config["mode"] == "simulate" and config["cluster"]:
                 record |= fit(config, record, launcher)
         elif outcome.traceback:
@@ -96,7 +100,7 @@ def fit(config: dict, record: dict, launcher: Launcher) -> dict:
     status, reason = record["status"], record["reason"]
     if peak > capacity:
         have = f"the fullest rank holds {gib(peak)} and a {record['cluster']} has {gib(capacity)}"
-        status, reason = "oom", "; ".join(part for part in (have, reason) if part)
+        status, reason = "oom", joined(have, reason)
     if config["search"] == "none":
         return {"status": status, "reason": reason}
 
@@ -111,7 +115,11 @@ def fit(config: dict, record: dict, launcher: Launcher) -> dict:
     except RuntimeError as error:
         return {"status": "error", "reason": str(error)}
     said = f"seq_len={found} is the longest that fits" if found else "no sequence is short enough to fit"
-    return {"status": status, "reason": "; ".join(part for part in (reason, said) if part), "max_seq_len": found}
+    return {"status": status, "reason": joined(reason, said), "max_seq_len": found}
+
+
+def joined(*parts: str) -> str:
+    return "; ".join(part for part in parts if part)
 
 
 def gib(size: int) -> str:

@@ -2,7 +2,7 @@
 
 It stands where Training stands and has the same parts of a step, so every instrument works on it too. Beside each
 step, one process computes the attention of all heads over the whole sequence: the share of the ideal is how close the
-ranks together come to that.
+ranks together come to that, and the error is how far from it they are.
 """
 
 import os
@@ -45,6 +45,7 @@ class AttentionAlone:
         if not self.times_the_whole:
             self.whole = []
         self.watch = Stopwatch(self.device)
+        self.truth: dict[str, Tensor] = {}
 
     @property
     def times_the_whole(self) -> bool:
@@ -86,8 +87,23 @@ class AttentionAlone:
                     out.backward(grad)
                 self.watch.lap()
             torch.set_num_threads(threads)
+            self.truth = self.results(out, qkv)
         if dist.is_initialized():
             dist.barrier()
+
+    def errors(self) -> dict[str, float]:
+        """|this rank's - its part of the whole| / |its part| of the output and of every gradient, where it has it."""
+        out = self.forward()
+        self.backward(out)
+        found = self.results(out, self.qkv)
+        self.update()
+        if self.truth and self.mesh.tp.size > self.truth["grad of k"].shape[2]:  # neighbours share a kv head
+            del found["grad of k"], found["grad of v"]
+        return {name: distance(found[name], self.part(whole)) for name, whole in self.truth.items() if name in found}
+
+    def results(self, out: Tensor, qkv: list[Tensor]) -> dict[str, Tensor]:
+        grads = {f"grad of {name}": t.grad for name, t in zip("qkv", qkv, strict=True) if self.with_backward}
+        return {"output": out.detach(), **grads}
 
     def ideal_ms(self) -> list[float]:
         """Of each step, what a perfect division of the whole among the ranks would take, where this rank timed it.
@@ -106,3 +122,7 @@ def span_of_heads(n: int, tp: Axis) -> tuple[int, int]:
         return tp.span(n)
     mine = tp.rank * n // tp.size
     return mine, mine + 1
+
+
+def distance(found: Tensor, truth: Tensor) -> float:
+    return ((found.double() - truth.double()).norm() / truth.double().norm()).item()

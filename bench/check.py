@@ -1,6 +1,7 @@
 """From what the user wrote to what will run: every null filled, every rule checked, before any rank starts."""
 
 import copy
+import importlib.util
 import math
 
 from bench import data
@@ -48,6 +49,7 @@ def resolve(config: dict) -> dict:
     config["notes"] = []
     check_choices(config)
     check_mode(config)
+    check_peer(config)
     fill_model(config)
     fill_mesh(config)
     if config["workload"] == "attention":
@@ -61,9 +63,9 @@ def resolve(config: dict) -> dict:
 
 
 def check_choices(config: dict) -> None:
-    from strategies import STRATEGIES
+    from strategies import ALL
 
-    for key, allowed in {"strategy.name": tuple(STRATEGIES), **CHOICES}.items():
+    for key, allowed in {"strategy.name": tuple(ALL), **CHOICES}.items():
         value = value_of(config, key)
         if value not in allowed:
             written = [str(a) for a in allowed]
@@ -93,6 +95,23 @@ def check_mode(config: dict) -> None:
         raise Invalid(f"{key} is for mode=simulate, and mode={mode}")
     if search != "none" and config["cluster"] is None:
         raise Invalid(f"search={search} needs to know how much memory there is; cluster=h100 would do")
+
+
+def check_peer(config: dict) -> None:
+    """Is the library here, and is there anything to measure of it but time?"""
+    from strategies import PEERS
+
+    name, mode = config["strategy"]["name"], config["mode"]
+    if (peer := PEERS.get(name)) is None:
+        return
+    if importlib.util.find_spec(peer.package) is None:
+        raise Invalid(
+            f"strategy={name} needs the package {peer.package}: ./run.sh peers installs it; {peer.ours} is ours"
+        )
+    if mode != "real":
+        raise Invalid(f"strategy={name} is raced, and mode={mode} has no race; mode=real or {peer.ours} would do")
+    if peer.adapted and config["device"] == "cpu":
+        config["notes"].append(f"{name}'s schedule on this project's kernel")
 
 
 def value_of(config: dict, key: str):
@@ -144,11 +163,11 @@ def fill_model(config: dict) -> None:
 
 def fill_mesh(config: dict) -> None:
     """Degrees whose product is world_size, on axes that the strategy has, and that divide what they split."""
-    from strategies import STRATEGIES
+    from strategies import ALL
     from strategies.base import Shape
 
     name, mesh, world_size = config["strategy"]["name"], config["mesh"], config["world_size"]
-    strategy = STRATEGIES[name]
+    strategy = ALL[name]
     has = ("dp", *strategy.axes)
     model = config["model"]
     shape = Shape(model["n_heads"], model["n_kv_heads"], config["seq_len"], {}, config["ring"]["layout"])
@@ -195,11 +214,11 @@ def check_context_parallel(world_size: int, mesh: dict) -> None:
 
 
 def check_attention(config: dict) -> None:
-    from strategies import STRATEGIES
+    from strategies import ALL
     from strategies.base import Strategy
 
     name, dp, batch_size = config["strategy"]["name"], config["mesh"]["dp"], config["batch_size"]
-    if STRATEGIES[name].core_attention is Strategy.core_attention:
+    if ALL[name].core_attention is Strategy.core_attention:
         raise Invalid(f"workload=attention: strategy {name} has no core_attention; workload=step would do")
     if batch_size < dp:
         raise Invalid(f"batch_size={batch_size} must be at least mesh.dp = {dp} for workload=attention; {dp} would do")

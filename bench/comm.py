@@ -5,6 +5,7 @@ forward, recomputation and backward. Bytes sent are those of the bandwidth-optim
 payload: an all_gather's output, a reduce_scatter's input, the buffer otherwise.
 """
 
+import inspect
 import re
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.fx.traceback
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _resolve_process_group as resolve_group
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.utils import checkpoint
 from torch.utils._pytree import tree_leaves
@@ -48,10 +50,20 @@ KINDS = {
     "alltoall_base_": Kind("all_to_all", once, INPUT),
     "alltoall_": Kind("all_to_all", once, INPUT),
     "send": Kind("p2p", lambda s, p: s, OUTPUT),
+    "broadcast_": Kind("broadcast", once, OUTPUT),  # none of ours: DDP, when it first arranges its buckets
 }
-SILENT = {"recv_", "barrier", "monitored_barrier_"}  # the sender counts; a barrier carries nothing
+FUNCTIONAL = {  # the collectives of DTensor, whose arguments are an input and the group's name
+    "all_gather_into_tensor": KINDS["_allgather_base_"],
+    "reduce_scatter_tensor": KINDS["_reduce_scatter_base_"],
+    "all_reduce": KINDS["allreduce_"],
+    "all_reduce_": KINDS["allreduce_"],
+    "all_to_all_single": KINDS["alltoall_base_"],
+}
+# Of a receive the sender counts; the others carry nothing.
+SILENT = {"recv_", "barrier", "monitored_barrier_", "wait_tensor", "_wrap_tensor_autograd"}
 
 ROOT = Path(strategies.__file__).parents[1]
+FSDP_FILE = inspect.getfile(FSDPParamGroup)
 STRATEGY_FILE = re.compile(re.escape(f"{ROOT}/") + r"(strategies/(?!ops/)[\w/]+\.py)")
 
 
@@ -90,17 +102,23 @@ class Ledger:
 
     def saw(self, func, args, kwargs, out) -> None:
         if func.namespace in ("c10d", "_c10d_functional"):
-            self.count(func, args)
+            self.count(func, args, out)
 
-    def count(self, func, args) -> None:
+    def count(self, func, args, out) -> None:
         op = func._schema.name.partition("::")[2]
         if op in SILENT:
             return
-        if func.namespace != "c10d" or op not in KINDS:
+        kinds = KINDS if func.namespace == "c10d" else FUNCTIONAL
+        if op not in kinds:
             raise RuntimeError(f"the ledger does not know how many bytes {func._schema.name} sends")
-        kind = KINDS[op]
-        group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject) and is_group(a))
-        tensors = [t for t in tree_leaves(args[kind.payload]) if isinstance(t, Tensor)]
+        kind = kinds[op]
+        if func.namespace == "c10d":
+            group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject) and is_group(a))
+            holder = args[kind.payload]
+        else:
+            group = resolve_group(next(a for a in reversed(args) if isinstance(a, str)))
+            holder = out if kind.payload == OUTPUT else args[0]
+        tensors = [t for t in tree_leaves(holder) if isinstance(t, Tensor)]
         payload = sum(t.numel() * t.element_size() for t in tensors)
         source, from_zero = self.where()
         entry = Entry(
@@ -121,7 +139,10 @@ class Ledger:
         """The strategy line that this collective comes from; or the module whose weights ZeRO sends, and True."""
         frame = sys._getframe(2)
         while frame is not None:
-            if isinstance(group := frame.f_locals.get("self"), FSDPParamGroup):
+            # Only there: to ask a frame for its locals makes it hold them, and what they hold, as long as it runs.
+            if frame.f_code.co_filename == FSDP_FILE and isinstance(
+                group := frame.f_locals.get("self"), FSDPParamGroup
+            ):
                 return f"zero3 {self.names[id(group.modules[0])]}", True
             if match := STRATEGY_FILE.match(frame.f_code.co_filename):
                 return f"{match[1]}:{frame.f_lineno}", False

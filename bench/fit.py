@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from itertools import count
 
-from strategies import STRATEGIES
+from strategies import ALL
 from strategies.base import Shape
 
 
 def granule(config: dict) -> int:
     """The shortest sequence that the strategy can split over the mesh: longer ones are its multiples."""
-    model, strategy = config["model"], STRATEGIES[config["strategy"]["name"]]
+    model, strategy = config["model"], ALL[config["strategy"]["name"]]
 
     def fits(seq_len: int) -> bool:
         shape = Shape(model["n_heads"], model["n_kv_heads"], seq_len, config["mesh"], config["ring"]["layout"])

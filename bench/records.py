@@ -31,11 +31,13 @@ COLUMNS = [
     "workload", "direction", "placement", "ulysses_packed", "ring_kv", "mlp_chunks", "loss_chunks", "rounds",
     "iterations_per_s", "ideal_ms", "share_of_ideal",
     "exposed_comm_ms", "cluster", "capacity_bytes", "after_forward_bytes", "max_seq_len", "mode_seconds",
+    "relative_error",
 ]
 COMM_COLUMNS = ["phase", "kind", "axis", "group_size", "dtype", "calls", "payload_bytes", "sent_bytes", "source"]
 # fmt: on
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "p2p")
 NOT_IDENTITY = ("name", "rerun", "rounds", "notes")  # where a configuration is kept, not what it is
+CLOSE = {"fp32": 1e-4, "bf16": 0.03, "bf16_mixed": 0.03}  # of two ways to compute the same
 ROOT = Path(__file__).parents[1]
 saving = threading.Lock()  # simulated configurations run several at a time
 
@@ -107,6 +109,8 @@ def measure(config: dict, rounds: list[list[dict]]) -> tuple[dict, list[dict]]:
         "loss_first": losses[0] if losses else None,
         "loss_last": losses[-1] if losses else None,
         "losses": losses,
+        "errors": first["errors"],
+        "relative_error": max(first["errors"].values(), default=None),
         "torch_version": first["torch_version"],
     }
     return row, [{**entry, "sent_bytes": round(entry["sent_bytes"])} for entry in busiest["comm"]]
@@ -174,6 +178,15 @@ def implausible(row: dict) -> str | None:
     if (row.get("mfu") or 0) > 1:
         return f"{row['tflops_per_rank']:.0f} TFLOPS is more than the device can do"
     return None
+
+
+def inaccurate(row: dict) -> str | None:
+    """What of attention alone is not what one process computes, beyond its precision."""
+    wrong = [name for name, error in row["errors"].items() if not error < CLOSE[row["precision"]]]
+    if not wrong:
+        return None
+    worst = max(row["errors"].values())
+    return f"wrong: {', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} up to {worst:.0%} away from one process'"
 
 
 def percentile(values: list[float], share: float) -> float:

@@ -120,6 +120,7 @@ def run_steps(config: dict, pipe) -> dict:
     if config["save_path"] is not None:
         save(training, config, dist.get_rank() if dist.is_initialized() else 0)
 
+    errors = training.errors() if config["workload"] == "attention" and not made_up else {}
     pipe.send(("progress", "counting"))
     observed = observe(training, batch, MemoryLog(device, training.state()))
     peak = asdict(observed.peak)
@@ -129,6 +130,7 @@ def run_steps(config: dict, pipe) -> dict:
         "losses": losses,
         "steps": steps,
         "ideal": training.ideal_ms()[config["warmup"] :] if config["workload"] == "attention" else [],
+        "errors": errors,
         "comm": observed.comm,
         "flops": observed.flops,
         "peak": peak,
@@ -148,6 +150,7 @@ def run_simulated(config: dict, pipe) -> dict:
         "losses": [],
         "steps": [],
         "ideal": [],
+        "errors": {},
         "comm": observed.comm,
         "flops": observed.flops,
         "peak": asdict(observed.peak),

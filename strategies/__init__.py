@@ -3,6 +3,7 @@
 from strategies.base import Options, Strategy
 from strategies.odysseus import Odysseus
 from strategies.ops.mesh import Mesh
+from strategies.peers import PEERS
 from strategies.ring import Ring
 from strategies.single import Single
 from strategies.tp import TP
@@ -23,10 +24,11 @@ STRATEGIES = {
     "tp_usp": TPUSP,
     "odysseus": Odysseus,
 }
+ALL = {**STRATEGIES, **PEERS}
 
 
 def build(
     name: str, degrees: dict[str, int], options: Options, device: str = "cpu", placement: str = "ulysses_inner"
 ) -> Strategy:
     """This rank's side of a strategy, on a mesh of as many ranks as the default process group has."""
-    return STRATEGIES[name](Mesh.build(device, **degrees, placement=placement), options)
+    return ALL[name](Mesh.build(device, **degrees, placement=placement), options)

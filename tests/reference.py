@@ -68,7 +68,7 @@ class Result:
     """What is compared: logits [B, S, V], the loss, and every gradient by our names."""
 
     loss: float
-    logits: Tensor
+    logits: Tensor | None
     grads: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -113,9 +113,11 @@ def run_case(training: Training, tokens: Tensor, labels: Tensor) -> Result | Non
         loss = training.forward(batch)
     training.backward(loss)
     (total,) = training.global_loss(loss.detach()[None])
-    parts = {**gradients(training), "logits": whole_logits(training, batch, recorded, tokens.shape)}
+    parts = gradients(training)
+    if recorded:  # a peer may have a loss of its own
+        parts["logits"] = whole_logits(training, batch, recorded, tokens.shape)
     grads = together(parts)
-    return Result(total, grads.pop("logits"), grads) if rank() == 0 else None
+    return Result(total, grads.pop("logits", None), grads) if rank() == 0 else None
 
 
 def rank() -> int:
@@ -190,7 +192,9 @@ def worst_distance(ours: Result, theirs: Result) -> dict[str, float]:
     assert ours.grads.keys() == theirs.grads.keys()
     distances = {name: distance(grad, theirs.grads[name]) for name, grad in ours.grads.items()}
     loss = abs(ours.loss - theirs.loss) / abs(theirs.loss)
-    return {"loss": loss, "logits": distance(ours.logits, theirs.logits), **distances}
+    if ours.logits is not None:
+        distances["logits"] = distance(ours.logits, theirs.logits)
+    return {"loss": loss, **distances}
 
 
 def assert_equal(ours: Result, theirs: Result, within: float, what: str) -> None:

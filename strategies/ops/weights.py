@@ -8,6 +8,7 @@ finish_gradients(), the optimizer over trained(), publish_weights().
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -182,9 +183,12 @@ def in_whole(whole: Tensor, parameter: Tensor, share: Share) -> Tensor:
     """The view of the whole parameter that local(parameter) holds."""
     part = share.of(whole)
     if isinstance(parameter, DTensor):
-        chunk = -(-part.shape[0] // parameter.device_mesh.size())
-        start = min(parameter.device_mesh.get_local_rank() * chunk, part.shape[0])
-        part = part[start : start + chunk]
+        placed = [*enumerate(parameter.placements)]
+        for i, placement in reversed(placed):  # FSDP2 comes first in a mesh, and cuts what tensor parallelism has left
+            if not placement.is_replicate():
+                size, chunk = part.shape[placement.dim], -(-part.shape[placement.dim] // parameter.device_mesh.size(i))
+                start = min(parameter.device_mesh.get_local_rank(i) * chunk, size)
+                part = part.narrow(placement.dim, start, min(chunk, size - start))
     return part
 
 
@@ -221,8 +225,18 @@ def trained(model: nn.Module) -> Iterator[tuple[Tensor, Tensor, Share, int]]:
         yield *replicas.trained(), replicas.share, model.ranks // ways
     for _, parameter, share in owned(model):
         if not share.replicas:
-            ways = share.ways * (parameter.device_mesh.size() if isinstance(parameter, DTensor) else 1)
+            ways = share.ways * shards(parameter)
             yield local(parameter.detach()), local(parameter.grad), share, model.ranks // ways
+
+
+def shards(parameter: Tensor) -> int:
+    """In how many pieces a parameter is, those that hold the same piece counted once."""
+    if not isinstance(parameter, DTensor):
+        return 1
+    sizes = parameter.device_mesh.shape
+    return prod(
+        size for size, placement in zip(sizes, parameter.placements, strict=True) if not placement.is_replicate()
+    )
 
 
 def finish_gradients(model: nn.Module) -> None:

@@ -1,0 +1,67 @@
+"""Ours beside the libraries that people would pick instead: ratios of times that were measured in turn, round by round.
+
+A peer's row is paired with the row of ours that differs from it in nothing but the strategy.
+"""
+
+import statistics
+
+from analysis.reading import Sweep, mesh
+
+ANSWERS = {  # peer -> the strategies of ours that do the same, whichever has the mesh
+    "ddp": ("zero",),
+    "fsdp2": ("zero",),
+    "torch_tp": ("tp_sp",),
+    "deepspeed_ulysses": ("ulysses",),
+    "torch_cp": ("ring",),
+    "yunchang": ("usp", "ulysses", "ring"),
+}
+APART = ("strategy", "attention", "notes", "name", "rerun", "rounds", "timeout_s")  # may differ within a pair
+
+
+def race(sweep: Sweep) -> list[dict]:
+    """A line for each pair: what ran, both times, and theirs / ours, the median over rounds and its spread."""
+    ok = {row.run_id: row for _, row in sweep.ok.iterrows() if sweep.records.get(row.run_id, {}).get("round_ms")}
+    configs = {run_id: sweep.records[run_id]["config"] for run_id in ok}
+    lines = []
+    for run_id, row in ok.items():
+        for other, theirs in ok.items():
+            if row.strategy in ANSWERS.get(theirs.strategy, ()) and alike(configs[run_id], configs[other]):
+                lines.append(line(row, theirs, sweep.records[run_id], sweep.records[other]))
+    return sorted(lines, key=lambda line: (line["theirs"], line["ours"], line["setting"]))
+
+
+def alike(ours: dict, theirs: dict) -> bool:
+    """Do the two differ in nothing but the strategy? DDP shards nothing, so it runs against stage 0."""
+    stage = {"zero_stage": 0} if theirs["strategy"]["name"] == "ddp" else {}
+    return {**theirs, **stage, **dict.fromkeys(APART)} == {**ours, **dict.fromkeys(APART)}
+
+
+def line(ours, theirs, our_record: dict, their_record: dict) -> dict:
+    pairs = zip(their_record["round_ms"], our_record["round_ms"], strict=False)
+    ratios = [their_ms / our_ms for their_ms, our_ms in pairs]
+    model = our_record["config"]["model"]
+    layout = f" {ours.ring_layout}" if (ours.ring or 1) > 1 else ""
+    heads = f"heads {model['n_heads']}/{model['n_kv_heads']}"
+    return {
+        "ours": ours.strategy,
+        "theirs": theirs.strategy,
+        "setting": f"{mesh(ours)}{layout}, seq_len={int(ours.seq_len):,}, {heads}, {ours.precision}",
+        "our_ms": ours.step_ms_median,
+        "their_ms": theirs.step_ms_median,
+        "ratio": statistics.median(ratios),
+        "least": min(ratios),
+        "most": max(ratios),
+        "pairs": len(ratios),
+        "said": theirs.reason or "",
+    }
+
+
+def verdict(lines: list[dict]) -> str:
+    """How many pairs we win, in a sentence."""
+    clear = sum(line["least"] > 1 for line in lines)
+    lost = sum(line["most"] < 1 for line in lines)
+    middle = statistics.median(line["ratio"] for line in lines)
+    return (
+        f"Against the libraries, {len(lines)} pairs: ours is faster in every round of {clear}, slower in every round "
+        f"of {lost}, and the rest overlap; in the middle theirs takes {middle:.2f} times as long."
+    )

@@ -1,0 +1,62 @@
+"""torch_cp: ring with torch's own ring attention, the one behind torch.distributed's context_parallel.
+
+It deals the sequence out contiguous or zigzag (its head-tail load balancer); keys travel by all-gather, its default.
+"""
+
+from torch import Tensor
+from torch.autograd import Function
+
+from strategies.base import Rule, Shape
+from strategies.peers.rules import at_least_two
+from strategies.ring import Ring
+
+
+class TorchCP(Ring):
+    ours, package, adapted = "ring", "torch", True
+
+    @classmethod
+    def rules(cls, shape: Shape) -> list[Rule]:
+        return [at_least_two("ring", shape), *super().rules(shape)]
+
+    def core_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return TorchRing.apply(q, k, v, self.ring.group, self.options.ring_layout, self.options.kernel)
+
+
+class TorchRing(Function):
+    """Their schedule, forward and backward, on [B, H, S, K], with a kernel of ours in it."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, group, layout: str, kernel) -> Tensor:
+        from torch.distributed.tensor.experimental._context_parallel import _attention as theirs
+
+        theirs._cp_options.enable_load_balance = layout == "zigzag"
+
+        def block(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
+            out, lse = kernel.forward(*heads_second(q, k, v), is_causal)
+            return out.transpose(1, 2), lse
+
+        out, lse = theirs._templated_ring_attention(group, 2, block, *heads_second(q, k, v), is_causal=True)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.group, ctx.kernel = group, kernel
+        return out.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        from torch.distributed.tensor.experimental._context_parallel import _attention as theirs
+
+        q, k, v, out, lse = ctx.saved_tensors
+
+        def block(grad, query, key, value, out, logsumexp, is_causal: bool) -> tuple[Tensor, ...]:
+            tensors = heads_second(grad, query, key, value, out)
+            return heads_second(*ctx.kernel.backward(*tensors, logsumexp, is_causal))
+
+        tensors = (*heads_second(q, k, v), out, lse)
+        grads = theirs._templated_ring_attention_backward(
+            ctx.group, 2, block, grad.transpose(1, 2), "grad", *tensors, is_causal=True
+        )
+        return *heads_second(*grads), None, None, None
+
+
+def heads_second(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """[B, S, H, K] <-> [B, H, S, K], views."""
+    return tuple(t.transpose(1, 2) for t in tensors)

@@ -1,0 +1,123 @@
+"""Peers are the same model as ours, as far as they are right; where they are not, their row says so."""
+
+import importlib.util
+from dataclasses import replace
+
+import pytest
+import torch
+
+import strategies
+from analysis.race import ANSWERS
+from bench import records
+from bench.attention import AttentionAlone
+from models.config import ModelConfig
+from strategies import PEERS, STRATEGIES
+from strategies.base import Options
+from strategies.ops.kernels import pick_kernel
+from tests import instruments, reference
+from tests.cases import HEADS, Case
+from tests.ranks import on_ranks
+from tests.test_parity import CLOSE, run_all_heads
+
+MODELS = [Case("ddp", dp=4), Case("fsdp2", dp=4), Case("torch_tp", tp=2), Case("torch_tp", dp=2, tp=2)]
+ATTENTION = [
+    Case("torch_cp", ring=4),
+    Case("torch_cp", ring=2, dp=2, layout="contiguous"),
+    Case("deepspeed_ulysses", ulysses=4),
+    Case("yunchang", ulysses=4),
+    Case("yunchang", ulysses=2, ring=2),
+    Case("yunchang", ring=4, layout="striped"),
+]
+
+
+def needs(case: Case) -> None:
+    package = PEERS[case.strategy].package
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed: ./run.sh peers")
+
+
+def test_a_peer_answers_to_strategies_of_ours():
+    assert ANSWERS.keys() == PEERS.keys()
+    for name, peer in PEERS.items():
+        assert peer.ours in ANSWERS[name]
+        assert set(ANSWERS[name]) <= set(STRATEGIES)
+
+
+@pytest.mark.parametrize("case", MODELS, ids=str)
+def test_a_peers_model_is_the_unsharded_model(case: Case, tmp_path):
+    """Loss and every gradient, on sizes that its sharding divides."""
+    sizes = {"vocab_size": 64, "intermediate_size": 96}
+    folders = {
+        heads: reference.make_checkpoint(str(tmp_path / heads), num_key_value_heads=n, **sizes)
+        for heads, n in HEADS.items()
+    }
+    batch = reference.make_batch(3, 64, None)
+    results = on_ranks(case.world_size, run_all_heads, case, folders, {3: batch})[0]
+    for heads, folder in folders.items():
+        judge = reference.hugging_face(folder, *batch)
+        reference.assert_equal(results[heads, 3], judge, CLOSE, f"{case}, {heads}")
+
+
+def train_some(rank: int, case: Case, folder: str) -> list[float]:
+    """The losses of four steps of AdamW with clipping."""
+    training = reference.build(case, folder)
+    losses = []
+    for step in range(4):
+        batch = training.place(*reference.make_batch(3, 64, None, seed=step))
+        loss = training.forward(batch)
+        training.backward(loss)
+        training.update()
+        losses += training.global_loss(loss.detach()[None])
+    return losses
+
+
+@pytest.mark.parametrize("case", MODELS, ids=str)
+def test_a_peer_trains_as_ours_does(case: Case, tmp_path):
+    folder = reference.make_checkpoint(str(tmp_path), vocab_size=64, intermediate_size=96)
+    theirs = on_ranks(case.world_size, train_some, case, folder)[0]
+    ours = on_ranks(case.world_size, train_some, replace(case, strategy=PEERS[case.strategy].ours), folder)[0]
+    assert theirs == pytest.approx(ours, rel=1e-5)
+
+
+def errors(rank: int, case: Case, n_kv_heads: int, dtype: torch.dtype) -> dict[str, float]:
+    sizes = ModelConfig(dim=64, n_layers=1, n_heads=8, n_kv_heads=n_kv_heads, ffn_dim=1, vocab_size=1)
+    options = Options(pick_kernel("auto", "cpu", dtype, sizes.head_dim), dtype, **case.options)
+    alone = AttentionAlone(sizes, strategies.build(case.strategy, case.degrees, options), 2, 64)
+    alone.time_the_whole()
+    return alone.errors()
+
+
+@pytest.mark.parametrize("n_kv_heads", [8, 4])
+@pytest.mark.parametrize("case", ATTENTION, ids=str)
+def test_a_peers_attention_is_the_whole_attention(case: Case, n_kv_heads: int):
+    needs(case)
+    found = on_ranks(4, errors, case, n_kv_heads, torch.bfloat16)[0]
+    assert found.keys() == {"output", "grad of q", "grad of k", "grad of v"}
+    assert max(found.values()) < records.CLOSE["bf16"]
+
+
+@pytest.mark.parametrize("case", ATTENTION, ids=str)
+def test_what_a_peer_gets_wrong_is_said(case: Case):
+    """yunchang's ring accumulates into an alias where tensors are fp32 already."""
+    needs(case)
+    found = on_ranks(4, errors, case, 8, torch.float32)[0]
+    said = records.inaccurate({"errors": found, "precision": "fp32"})
+    if case == Case("yunchang", ring=4, layout="striped"):
+        assert said.startswith("wrong: grad of q, grad of k, grad of v are up to ")
+    elif case.strategy != "yunchang":
+        assert said is None
+
+
+def sent(rank: int, *args) -> float:
+    return sum(line["sent_bytes"] for line in instruments.observed(*instruments.train(*args)).comm)
+
+
+@pytest.mark.parametrize("case", [*MODELS, ATTENTION[0]], ids=str)
+def test_a_peers_traffic_is_counted(case: Case):
+    """DTensor's functional collectives too. torch_tp keeps what it gathered, where tp_sp gathers it again."""
+    sizes = {"dim": 64, "n_layers": 2, "n_heads": 8, "n_kv_heads": 8, "ffn_dim": 96, "vocab_size": 64}
+    stage = 0 if case.strategy == "ddp" else 3
+    ours = replace(case, strategy=PEERS[case.strategy].ours, zero_stage=stage)
+
+    they_sent, we_sent = (on_ranks(case.world_size, sent, each, sizes, 4, 64)[0] for each in (case, ours))
+    assert 0.75 * we_sent < they_sent < 2 * we_sent, f"{they_sent / we_sent:.2f} times as much"
