@@ -19,7 +19,7 @@ from bench.fake import RememberingFakeMode
 from bench.memory import MemoryLog, Peak
 from bench.observe import Observed, observe
 from strategies.ops.collectives import labelled
-from strategies.ops.layouts import tiles
+from strategies.ops.layouts import visible
 from strategies.ops.ring_attention import TRAVELS, Rotate
 
 DEPTHS = 4, 5, 6  # of the two that are extrapolated and the one that they must foretell
@@ -52,7 +52,7 @@ class AlikeOnce(Rotate):
 
     def hops(self) -> Iterator[int]:
         size, rank = self.axis.size, self.axis.rank
-        for _, group in groupby(range(size), lambda hop: tiles(self.layout, rank, (rank - hop) % size, 4)):
+        for _, group in groupby(range(size), lambda hop: visible(self.layout, rank, (rank - hop) % size, 4)):
             alike = list(group)
             yield from alike[:2]
             if between := alike[2:-1]:

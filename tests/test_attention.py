@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strategies.ops.kernels import Math, SdpaCpu, pick_kernel
-from strategies.ops.layouts import LAYOUTS, ring_split, tiles
+from strategies.ops.layouts import LAYOUTS, ring_split, visible
 from strategies.ops.mesh import Axis
 from strategies.ops.ring_attention import merge
 from tests.ranks import on_ranks
@@ -86,9 +86,9 @@ def test_layouts_see_exactly_what_the_causal_mask_lets_through(layout, size, chu
     for rank in range(size):
         for source in range(size):
             seen = torch.zeros(local, local, dtype=torch.bool)
-            for q, kv, causal in tiles(layout, rank, source, local):
-                part = seen[q, kv]
-                part |= torch.ones_like(part).tril() if causal else True
+            if (tile := visible(layout, rank, source, local)) is not None:
+                part = seen[tile.q, tile.kv]
+                part |= torch.ones_like(part).tril() if tile.causal else True
             allowed = positions[rank][:, None] >= positions[source][None]
             assert torch.equal(seen, allowed), f"{layout}: rank {rank} of {size}, source {source}"
 
@@ -101,8 +101,9 @@ def test_zigzag_and_striped_balance_the_work(size, chunk):
         seen = torch.ones(local, local)
         total = 0
         for source in range(size):
-            for q, kv, causal in tiles(layout, rank, source, local):
-                total += int((seen[q, kv].tril() if causal else seen[q, kv]).sum())
+            if (tile := visible(layout, rank, source, local)) is not None:
+                part = seen[tile.q, tile.kv]
+                total += int((part.tril() if tile.causal else part).sum())
         return total
 
     zigzag, striped, contiguous = (

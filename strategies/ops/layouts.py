@@ -38,17 +38,17 @@ def ring_split(x: Tensor, dim: int, layout: str, axis: Axis) -> Tensor:
     return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]], dim)
 
 
-def tiles(layout: str, rank: int, source: int, local_seq_len: int) -> list[Tile]:
-    """What the queries of `rank` see of the block that `source` owns: no tile where the causal mask empties it."""
+def visible(layout: str, rank: int, source: int, local_seq_len: int) -> Tile | None:
+    """What the queries of `rank` see of the block that `source` owns; None where the causal mask leaves nothing."""
     if source == rank:
-        return [Tile(ALL, ALL, causal=True)]  # every layout keeps a rank's own tokens in order
+        return Tile(ALL, ALL, causal=True)  # every layout keeps a rank's own tokens in order
     if layout == "contiguous":
-        return [Tile(ALL, ALL, causal=False)] if source < rank else []
+        return Tile(ALL, ALL, causal=False) if source < rank else None
     if layout == "striped":
         if source < rank:
-            return [Tile(ALL, ALL, causal=True)]
-        return [Tile(slice(1, None), slice(None, -1), causal=True)] if local_seq_len > 1 else []
+            return Tile(ALL, ALL, causal=True)
+        return Tile(slice(1, None), slice(None, -1), causal=True) if local_seq_len > 1 else None
     half = local_seq_len // 2
     if source < rank:  # its early chunk is before both of ours, its late chunk after both
-        return [Tile(ALL, slice(None, half), causal=False)]
-    return [Tile(slice(half, None), ALL, causal=False)]  # our late chunk is after both of its chunks
+        return Tile(ALL, slice(None, half), causal=False)
+    return Tile(slice(half, None), ALL, causal=False)  # our late chunk is after both of its chunks

@@ -9,7 +9,7 @@ How they come by is ring.kv. Over P ranks:
                  section 3.3.2): fewer messages, and memory for all keys.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch.autograd import Function
 
 from strategies.ops.collectives import Pending, shift, start_all_gather, start_reduce_scatter
 from strategies.ops.kernels import attend
-from strategies.ops.layouts import tiles
+from strategies.ops.layouts import ALL, visible
 from strategies.ops.mesh import Axis
 
 
@@ -27,13 +27,14 @@ class RingAttention(Function):
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, axis: Axis, layout: str, kv: str, grad_dtype, kernel) -> Tensor:
         local_kv = torch.stack([k, v])  # [2, B, S_ring, G, K]: travels as one message
         out = lse = None
-        for source, (k_block, v_block) in TRAVELS[kv](axis, layout, grad_dtype).visits(local_kv):
-            for tile in tiles(layout, axis.rank, source, q.shape[1]):
-                block = kernel.forward(q[:, tile.q], k_block[:, tile.kv], v_block[:, tile.kv], tile.causal)
-                if out is None:  # the first block is our own, and covers all queries
-                    out, lse = accumulator(block[0]), block[1]
-                else:
-                    merge(out[:, tile.q], lse[:, :, tile.q], *block)
+        for source, (k_block, v_block) in TRAVELS[kv](local_kv, axis, layout, grad_dtype).visits():
+            if (tile := visible(layout, axis.rank, source, q.shape[1])) is None:
+                continue
+            block = kernel.forward(q[:, tile.q], k_block[:, tile.kv], v_block[:, tile.kv], tile.causal)
+            if out is None:  # our own block comes first, and every query sees it
+                out, lse = accumulator(block[0]), block[1]
+            else:
+                merge(out[:, tile.q], lse[:, :, tile.q], *block)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, local_kv, out, lse)
         ctx.axis, ctx.layout, ctx.kv, ctx.grad_dtype, ctx.kernel = axis, layout, kv, grad_dtype, kernel
@@ -42,18 +43,19 @@ class RingAttention(Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         q, local_kv, out, lse = ctx.saved_tensors
-        grad_q = accumulator(torch.zeros_like(q))
-        travel = TRAVELS[ctx.kv](ctx.axis, ctx.layout, ctx.grad_dtype)
-        for source, kv in travel.visits(local_kv):
-            grad_kv = accumulator(torch.zeros_like(kv))
-            for tile in tiles(ctx.layout, ctx.axis.rank, source, q.shape[1]):
-                k_block, v_block = kv[:, :, tile.kv]
-                here = (grad[:, tile.q], q[:, tile.q], k_block, v_block, out[:, tile.q], lse[:, :, tile.q])
-                block_q, block_k, block_v = ctx.kernel.backward(*here, tile.causal)
+        travel = TRAVELS[ctx.kv](local_kv, ctx.axis, ctx.layout, ctx.grad_dtype)
+        grad_q = None
+        for source, (k_block, v_block) in travel.visits():
+            if (tile := visible(ctx.layout, ctx.axis.rank, source, q.shape[1])) is None:
+                travel.give(source, ALL, ())
+                continue
+            here = (grad[:, tile.q], q[:, tile.q], k_block[:, tile.kv], v_block[:, tile.kv], out[:, tile.q])
+            block_q, *block_kv = ctx.kernel.backward(*here, lse[:, :, tile.q], tile.causal)
+            if grad_q is None:
+                grad_q = accumulator(block_q)
+            else:
                 grad_q[:, tile.q] += block_q
-                grad_kv[0][:, tile.kv] += block_k
-                grad_kv[1][:, tile.kv] += block_v
-            travel.give(source, grad_kv)
+            travel.give(source, tile.kv, block_kv)
         grad_k, grad_v = travel.own_grad().to(q.dtype)
         return grad_q.to(q.dtype), grad_k, grad_v, None, None, None, None, None
 
@@ -61,12 +63,14 @@ class RingAttention(Function):
 class Rotate:
     """Blocks travel around the ring, and in backward their gradients behind them."""
 
-    def __init__(self, axis: Axis, layout: str, grad_dtype: torch.dtype) -> None:
-        self.axis, self.layout, self.grad_dtype = axis, layout, grad_dtype
+    def __init__(self, local_kv: Tensor, axis: Axis, layout: str, grad_dtype: torch.dtype) -> None:
+        self.local_kv, self.axis, self.layout, self.grad_dtype = local_kv, axis, layout, grad_dtype
+        self.own: tuple[slice, Sequence[Tensor]] | None = None  # our part of our own block's gradient
         self.in_flight: Pending | None = None  # the gradient of the block that visits next, as far as others have it
 
-    def visits(self, kv: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def visits(self) -> Iterator[tuple[int, Tensor]]:
         """(source rank, its kv) for every rank of the ring, our own first, the next hop already in flight."""
+        kv = self.local_kv
         for hop in self.hops():
             arriving = shift(kv, self.axis) if hop + 1 < self.axis.size else None
             yield (self.axis.rank - hop) % self.axis.size, kv
@@ -75,38 +79,47 @@ class Rotate:
     def hops(self) -> Iterable[int]:
         return range(self.axis.size)
 
-    def give(self, source: int, grad_kv: Tensor) -> None:
-        """Our part of the gradient of the block that is visiting."""
+    def give(self, source: int, keys: slice, block_kv: Sequence[Tensor]) -> None:
+        """Our part of the gradient of the block that is visiting: of which keys, and (dk, dv), none if it is hidden."""
         if source == self.axis.rank:
-            self.own = grad_kv
+            self.own = keys, block_kv
             return
-        if self.in_flight is not None:
-            grad_kv += self.in_flight.wait()
-        self.in_flight = shift(grad_kv.to(self.grad_dtype), self.axis)
+        grad_kv = self.in_flight.wait() if self.in_flight else torch.zeros_like(self.local_kv, dtype=self.grad_dtype)
+        add(grad_kv, keys, block_kv)
+        self.in_flight = shift(grad_kv, self.axis)
 
     def own_grad(self) -> Tensor:
-        return self.own.add_(self.in_flight.wait())
+        grad_kv = self.in_flight.wait()
+        add(grad_kv, *self.own)
+        return grad_kv
 
 
 class Gather:
     """All blocks are gathered at once."""
 
-    def __init__(self, axis: Axis, layout: str, grad_dtype: torch.dtype) -> None:
-        self.axis, self.grad_dtype = axis, grad_dtype
-        self.grads: dict[int, Tensor] = {}
+    def __init__(self, local_kv: Tensor, axis: Axis, layout: str, grad_dtype: torch.dtype) -> None:
+        self.local_kv, self.axis, self.grad_dtype = local_kv, axis, grad_dtype
+        self.grads: Tensor | None = None  # [ranks, 2, B, S_ring, G, K]
 
-    def visits(self, kv: Tensor) -> Iterator[tuple[int, Tensor]]:
-        blocks = start_all_gather(kv[None], 0, self.axis).wait()
+    def visits(self) -> Iterator[tuple[int, Tensor]]:
+        blocks = start_all_gather(self.local_kv[None], 0, self.axis).wait()
         for hop in range(self.axis.size):
             source = (self.axis.rank - hop) % self.axis.size
             yield source, blocks[source]
 
-    def give(self, source: int, grad_kv: Tensor) -> None:
-        self.grads[source] = grad_kv.to(self.grad_dtype)
+    def give(self, source: int, keys: slice, block_kv: Sequence[Tensor]) -> None:
+        if self.grads is None:
+            self.grads = self.local_kv.new_zeros(self.axis.size, *self.local_kv.shape, dtype=self.grad_dtype)
+        add(self.grads[source], keys, block_kv)
 
     def own_grad(self) -> Tensor:
-        grads = torch.stack([self.grads[source] for source in range(self.axis.size)])
-        return start_reduce_scatter(grads, 0, self.axis).wait()[0]
+        return start_reduce_scatter(self.grads, 0, self.axis).wait()[0]
+
+
+def add(grad_kv: Tensor, keys: slice, block_kv: Sequence[Tensor]) -> None:
+    """Add a block's (dk, dv), of these keys, to the gradient [2, B, S_ring, G, K] in place."""
+    for whole, block in zip(grad_kv, block_kv, strict=False):
+        whole[:, keys] += block
 
 
 TRAVELS = {"rotate": Rotate, "all_gather": Gather}
