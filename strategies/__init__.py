@@ -1,5 +1,7 @@
 """The strategies, in the order in which to read them."""
 
+from collections import ChainMap
+
 from strategies.base import Options, Strategy
 from strategies.odysseus import Odysseus
 from strategies.ops.mesh import Mesh
@@ -24,7 +26,7 @@ STRATEGIES = {
     "tp_usp": TPUSP,
     "odysseus": Odysseus,
 }
-ALL = {**STRATEGIES, **PEERS}
+ALL = ChainMap(PEERS, STRATEGIES)
 
 
 def build(

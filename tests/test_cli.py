@@ -12,7 +12,7 @@ import pytest
 
 from bench import app, records
 from bench.check import Invalid, resolve
-from strategies import STRATEGIES
+from strategies import ALL
 from tests.jobs import QUICK, job
 
 ROOT = Path(__file__).parents[1]
@@ -86,7 +86,10 @@ def bench(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     [
         (["sed_len=3"], "bench: there is no key sed_len; did you mean seq_len?"),
         (["steps=abc"], "bench: Error merging override steps=abc: Value 'abc' of type 'str' could not be converted to"),
-        (["-m", "strategy=tp,fing"], "bench: strategy=fing is not one of odysseus, ring, single,"),
+        (
+            ["-m", "strategy=tp,fing"],
+            "bench: strategy=fing is not one of ddp, deepspeed_ulysses, fsdp2, odysseus, ring, single,",
+        ),
     ],
 )
 def test_hydra_refuses_in_one_sentence(arguments, says, tmp_path):
@@ -98,7 +101,7 @@ def test_hydra_refuses_in_one_sentence(arguments, says, tmp_path):
 
 def test_help_explains_keys_and_groups(tmp_path):
     text = bench("--help", cwd=tmp_path).stdout
-    assert f"strategy: {', '.join(sorted(STRATEGIES))}" in text
+    assert f"strategy: {', '.join(sorted(ALL))}" in text
     assert "seq_len: 512" in text
 
 
