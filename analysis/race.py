@@ -15,11 +15,12 @@ ANSWERS = {  # peer -> the strategies of ours that do the same, whichever has th
     "torch_cp": ("ring",),
     "yunchang": ("usp", "ulysses", "ring"),
 }
-APART = ("strategy", "attention", "notes", "name", "rerun", "rounds", "timeout_s")  # may differ within a pair
+# What may differ within a pair.
+APART = ("strategy", "attention", "notes", "name", "rerun", "rounds", "timeout_s", "profile")
 
 
 def race(sweep: Sweep) -> list[dict]:
-    """A line for each pair: what ran, both times, and theirs / ours, the median over rounds and its spread."""
+    """A line for each pair: what ran, times, the busiest ranks' CPU times, and theirs / ours over the rounds."""
     ok = {row.run_id: row for _, row in sweep.ok.iterrows() if sweep.records.get(row.run_id, {}).get("round_ms")}
     configs = {run_id: sweep.records[run_id]["config"] for run_id in ok}
     lines = []
@@ -48,6 +49,8 @@ def line(ours, theirs, our_record: dict, their_record: dict) -> dict:
         "setting": f"{mesh(ours)}{layout}, seq_len={int(ours.seq_len):,}, {heads}, {ours.precision}",
         "our_ms": ours.step_ms_median,
         "their_ms": theirs.step_ms_median,
+        "our_cpu_ms": ours.cpu_ms_max,
+        "their_cpu_ms": theirs.cpu_ms_max,
         "ratio": statistics.median(ratios),
         "least": min(ratios),
         "most": max(ratios),

@@ -70,7 +70,8 @@ def run(job: Job, rerun: str, launcher: Launcher = in_sight, earlier: list[list[
         stored = records.load(folder, record["run_id"])
         if stored and not rounds and stays(stored, rerun, config["rounds"]):
             return {**stored, "kept": True}
-        outcome = launcher(config, title(record))
+        traces = str((folder / record["run_id"]).resolve())  # where ranks leave them
+        outcome = launcher({**config, "traces": traces}, title(record))
         if outcome.status == "ok" and config["exposed_comm"]:
             silent = launcher({**config, "mode": "silent"}, f"{title(record)} · collectives return at once")
             outcome.ranks[0]["silent"] = silent.ranks

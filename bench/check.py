@@ -84,6 +84,8 @@ def check_mode(config: dict) -> None:
         raise Invalid(
             f"rounds={config['rounds']}: mode=simulate has no clock yet, so there is nothing to repeat; 1 would do"
         )
+    if mode == "simulate" and config["profile"]:
+        raise Invalid("profile=true: mode=simulate has no clock yet, so there is no trace; mode=emulate would do")
     if mode != "real" and config["save_path"] is not None:
         raise Invalid(
             f"save_path={config['save_path']}: mode={mode} trains nothing worth saving; null or mode=real would do"

@@ -136,6 +136,7 @@ class Config:
     device: str = "cpu"
     mode: str = "real"
     exposed_comm: bool = False
+    profile: bool = False
     full_depth: bool = False
     search: str = "none"
     workload: str = "step"

@@ -36,7 +36,7 @@ COLUMNS = [
 COMM_COLUMNS = ["phase", "kind", "axis", "group_size", "dtype", "calls", "payload_bytes", "sent_bytes", "source"]
 # fmt: on
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "p2p")
-NOT_IDENTITY = ("name", "rerun", "rounds", "notes")  # where a configuration is kept, not what it is
+NOT_IDENTITY = ("name", "rerun", "rounds", "notes", "profile")  # where a configuration is kept, not what it is
 CLOSE = {"fp32": 1e-4, "bf16": 0.03, "bf16_mixed": 0.03}  # of two ways to compute the same
 ROOT = Path(__file__).parents[1]
 saving = threading.Lock()  # simulated configurations run several at a time

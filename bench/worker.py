@@ -7,6 +7,7 @@ import threading
 import traceback
 from dataclasses import asdict
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch._dynamo  # FSDP2 imports it when first used: better once in the server than again in every rank
@@ -18,6 +19,7 @@ from bench.memory import MemoryLog
 from bench.observe import observe
 from bench.simulate import simulate
 from bench.timing import Stopwatch
+from bench.trace import trace
 from bench.training import PRECISIONS, Training
 from models import checkpoint
 from strategies.ops.weights import whole_parameters
@@ -120,6 +122,9 @@ def run_steps(config: dict, pipe) -> dict:
     if config["save_path"] is not None:
         save(training, config, dist.get_rank() if dist.is_initialized() else 0)
 
+    if config["profile"]:
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        trace(training, batch, Path(config["traces"]) / f"trace_rank{rank}.json")
     errors = training.errors() if config["workload"] == "attention" and not made_up else {}
     pipe.send(("progress", "counting"))
     observed = observe(training, batch, MemoryLog(device, training.state()))

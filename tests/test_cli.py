@@ -51,6 +51,9 @@ WRONG = {  # overrides -> what the one sentence says
     "mode=simulate search=max_seq_len": "cluster=h100 would do",
     "mode=emulate full_depth=true": "full_depth=true is for mode=simulate, and mode=emulate",
     "exposed_comm=true mode=simulate": "exposed_comm=true needs real collectives",
+    "profile=true mode=simulate": "so there is no trace; mode=emulate would do",
+    "strategy=fsdp2 mode=simulate": "mode=simulate has no race; mode=real or zero would do",
+    "strategy=torch_tp model.n_kv_heads=2": "mesh.tp=4 must divide model.n_kv_heads = 2, which torch does not copy",
     "mode=emulate device=cuda": "device=cuda: mode=emulate needs 1 GPUs",
     "model.vocab_size=100": "data=text has tokens from 0 to",
 }
@@ -198,6 +201,20 @@ def test_ranks_share_the_work_of_one(tmp_path):
     whole = instruments.flops(0, Case("single"), sizes, 4, 64)
     for case in (Case("zero", dp=4), Case("tp_sp", tp=4), Case("ulysses", ulysses=4), Case("usp", ulysses=2, ring=2)):
         assert sum(on_ranks(4, instruments.flops, case, sizes, 4, 64)) == whole, case
+
+
+def test_a_profile_shows_what_was_in_flight(tmp_path, monkeypatch):
+    """A trace of every rank, whose lanes of communication hold every collective, with a duration."""
+    monkeypatch.setattr(app, "RUNS", tmp_path)
+    row = app.run_one(job("strategy=ring", "profile=true", "data=random"))
+    traces = sorted((tmp_path / "default" / row["run_id"]).glob("trace_rank*.json"))
+    assert len(traces) == row["world_size"]
+    for file in traces:
+        events = json.loads(file.read_text())["traceEvents"]
+        sent = [e for e in events if e.get("ph") == "X" and str(e["tid"]).startswith("communication")]
+        assert sum(e["name"] == "gloo:send" for e in sent) == row["calls_p2p"]
+        assert all(e["dur"] > 0 for e in sent)
+        assert {"forward", "backward", "optimizer"} <= {e["name"] for e in events}
 
 
 def test_exposed_communication_is_a_part_of_the_step(tmp_path, monkeypatch):

@@ -1,6 +1,9 @@
 """Peers are the same model as ours, as far as they are right; where they are not, their row says so."""
 
+import csv
 import importlib.util
+import json
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -8,7 +11,8 @@ import torch
 
 import strategies
 from analysis.race import ANSWERS
-from bench import records
+from analysis.report import write
+from bench import app, records
 from bench.attention import AttentionAlone
 from models.config import ModelConfig
 from strategies import PEERS, STRATEGIES
@@ -16,6 +20,7 @@ from strategies.base import Options
 from strategies.ops.kernels import pick_kernel
 from tests import instruments, reference
 from tests.cases import HEADS, Case
+from tests.jobs import job
 from tests.ranks import on_ranks
 from tests.test_parity import CLOSE, run_all_heads
 
@@ -121,3 +126,22 @@ def test_a_peers_traffic_is_counted(case: Case):
 
     they_sent, we_sent = (on_ranks(case.world_size, sent, each, sizes, 4, 64)[0] for each in (case, ours))
     assert 0.75 * we_sent < they_sent < 2 * we_sent, f"{they_sent / we_sent:.2f} times as much"
+
+
+def test_a_race_pairs_rows_that_differ_in_the_strategy_alone(tmp_path, monkeypatch):
+    """The ratio is the median of the rounds' ratios, and DDP's pair is stage 0."""
+    monkeypatch.setattr(app, "RUNS", tmp_path)
+    choices = ["strategy=zero", "strategy=fsdp2", "strategy=zero zero_stage=0", "strategy=ddp", "strategy=tp_sp"]
+    rows = app.run_all([job(*choice.split(), "rounds=3", "data=random", "name=race") for choice in choices])
+    write(tmp_path / "race")
+    with open(tmp_path / "race" / "report" / "race.csv", newline="") as file:
+        lines = {line["theirs"]: line for line in csv.DictReader(file)}
+    rounds = [json.loads((tmp_path / "race" / row["run_id"] / "record.json").read_text())["round_ms"] for row in rows]
+    assert lines.keys() == {"fsdp2", "ddp"}
+    for peer, ours, theirs in (("fsdp2", 0, 1), ("ddp", 2, 3)):
+        ratios = [their_ms / our_ms for their_ms, our_ms in zip(rounds[theirs], rounds[ours], strict=True)]
+        assert float(lines[peer]["ratio"]) == statistics.median(ratios)
+        assert (float(lines[peer]["least"]), float(lines[peer]["most"])) == (min(ratios), max(ratios))
+    page = (tmp_path / "race" / "report" / "index.html").read_text()
+    assert "Ours and theirs" in page
+    assert "2 pairs" in page
