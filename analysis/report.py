@@ -215,6 +215,11 @@ def answers(sweep: Sweep) -> list[str]:
     said = []
     rows = longest(sweep.ok)
     at = f"At seq_len={int(rows.seq_len.iloc[0]):,}"
+    split = rows.strategy != "single"
+    if rows[split].world_size.nunique() > 1:  # what differs in ranks is not to be compared
+        ranks = int(rows[split].world_size.max())
+        rows = rows[(rows.world_size == ranks) | ~split]
+        at += f" on {ranks:,} ranks"
     timed = rows[rows.step_ms_median.notna()].sort_values("step_ms_median")
     if len(timed):
         split = timed[timed.strategy != "single"]

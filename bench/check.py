@@ -112,6 +112,14 @@ def check_peer(config: dict) -> None:
         )
     if mode != "real":
         raise Invalid(f"strategy={name} is raced, and mode={mode} has no race; mode=real or {peer.ours} would do")
+    if config["workload"] == "attention" and "core_attention" not in vars(peer):
+        raise Invalid(f"workload=attention: {name} has no attention of its own; workload=step would do")
+    for key, value in peer.fixed.items():
+        section, _, leaf = key.rpartition(".")
+        holder = config[section] if section else config
+        if holder[leaf] != value:
+            config["notes"].append(f"{name} has {key}={value} alone")
+            holder[leaf] = value
     if peer.adapted and config["device"] == "cpu":
         config["notes"].append(f"{name}'s schedule on this project's kernel")
 

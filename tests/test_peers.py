@@ -129,7 +129,7 @@ def test_a_peers_traffic_is_counted(case: Case):
 
 
 def test_a_race_pairs_rows_that_differ_in_the_strategy_alone(tmp_path, monkeypatch):
-    """The ratio is the median of the rounds' ratios, and DDP's pair is stage 0."""
+    """The ratio is the median of the rounds' ratios; DDP is stage 0 whatever is asked, and so is its pair."""
     monkeypatch.setattr(app, "RUNS", tmp_path)
     choices = ["strategy=zero", "strategy=fsdp2", "strategy=zero zero_stage=0", "strategy=ddp", "strategy=tp_sp"]
     rows = app.run_all([job(*choice.split(), "rounds=3", "data=random", "name=race") for choice in choices])

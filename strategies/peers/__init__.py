@@ -2,7 +2,8 @@
 
 Each file puts a library's own code where the strategy of ours that it answers to (`ours`) has its own, and leaves the
 rest. A library is imported when its strategy is built, never before. Those with `adapted` call flash-attn, which is
-CUDA's alone: on a CPU they get its functions over our kernel, so that a row measures their schedule, and says so.
+CUDA's alone: on a CPU they get its functions over our kernel, so that a row measures their schedule, and says so. What
+they do in one way only is `fixed`, key by key.
 """
 
 from strategies.peers.ddp import DDP

@@ -1,4 +1,6 @@
-"""ddp: zero_stage=0 with DistributedDataParallel (Li et al. 2020): bucketed all-reduces beside backward."""
+"""ddp: zero at zero_stage=0 with DistributedDataParallel (Li et al. 2020): bucketed all-reduces beside backward."""
+
+from types import MappingProxyType
 
 from torch import Tensor, nn
 from torch.distributed._composable.replicate import replicate
@@ -9,6 +11,7 @@ from strategies.zero import Zero
 
 class DDP(Zero):
     ours, package, adapted = "zero", "torch", False
+    fixed = MappingProxyType({"zero_stage": 0})
 
     def shard(self, model: nn.Module) -> None:
         replicate(model, process_group=self.mesh.zero.group)

@@ -1,6 +1,7 @@
 """deepspeed_ulysses: ulysses with DeepSpeed's DistributedAttention (Jacobs et al. 2023, their own code)."""
 
 import os
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from strategies.ulysses import HEADS, SEQUENCE, Ulysses
 
 class DeepspeedUlysses(Ulysses):
     ours, package, adapted = "ulysses", "deepspeed", False
+    fixed = MappingProxyType({})
 
     def __init__(self, mesh, options) -> None:
         super().__init__(mesh, options)

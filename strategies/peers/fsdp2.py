@@ -1,5 +1,7 @@
 """fsdp2: zero with fully_shard as its documentation has it: a unit per block, the rest with the root."""
 
+from types import MappingProxyType
+
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -9,6 +11,7 @@ from strategies.zero import Zero
 
 class FSDP2(Zero):
     ours, package, adapted = "zero", "torch", False
+    fixed = MappingProxyType({"zero_stage": 3})
 
     def shard(self, model: nn.Module) -> None:
         master_dtype = next(model.parameters()).dtype

@@ -3,6 +3,8 @@
 It deals the sequence out contiguous or zigzag (its head-tail load balancer); keys travel by all-gather, its default.
 """
 
+from types import MappingProxyType
+
 from torch import Tensor
 from torch.autograd import Function
 
@@ -13,6 +15,7 @@ from strategies.ring import Ring
 
 class TorchCP(Ring):
     ours, package, adapted = "ring", "torch", True
+    fixed = MappingProxyType({})
 
     @classmethod
     def rules(cls, shape: Shape) -> list[Rule]:

@@ -4,6 +4,8 @@ The plan is the usual one for Llama: norms on sequence shards, one all-gather in
 row-wise outputs reduce-scattered along the sequence, cross-entropy on a split vocabulary (loss_parallel).
 """
 
+from types import MappingProxyType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,6 +30,7 @@ from strategies.tp_sp import TPSP
 
 class TorchTP(TPSP):
     ours, package, adapted = "tp_sp", "torch", False
+    fixed = MappingProxyType({"zero_stage": 3, "mlp.chunks": 1, "loss.chunks": 1})
 
     @classmethod
     def rules(cls, shape: Shape) -> list[Rule]:

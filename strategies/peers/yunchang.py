@@ -16,6 +16,7 @@ from strategies.usp import USP
 
 class Yunchang(USP):
     ours, package, adapted = "usp", "yunchang", True
+    fixed = MappingProxyType({})
     layouts = MappingProxyType({"contiguous": "basic", "zigzag": "zigzag", "striped": "strip"})
 
     def __init__(self, mesh, options) -> None:
