@@ -58,12 +58,17 @@ def line(ours, theirs, our_record: dict, their_record: dict) -> dict:
     }
 
 
-def verdict(lines: list[dict]) -> str:
-    """How many pairs we win, in a sentence."""
-    clear = sum(line["least"] > 1 for line in lines)
-    lost = sum(line["most"] < 1 for line in lines)
-    middle = statistics.median(line["ratio"] for line in lines)
-    return (
-        f"Against the libraries, {len(lines)} pairs: ours is faster in every round of {clear}, slower in every round "
-        f"of {lost}, and the rest overlap; in the middle theirs takes {middle:.2f} times as long."
-    )
+def verdict(lines: list[dict]) -> list[str]:
+    """For each peer, how its pairs ended, in a sentence."""
+    said = []
+    for peer in dict.fromkeys(line["theirs"] for line in lines):
+        pairs = [line for line in lines if line["theirs"] == peer]
+        ratios = sorted(line["ratio"] for line in pairs)
+        ours = " and ".join(dict.fromkeys(line["ours"] for line in pairs))
+        won, lost = sum(line["least"] > 1 for line in pairs), sum(line["most"] < 1 for line in pairs)
+        number = f"{len(pairs)} pair{'s' if len(pairs) > 1 else ''}, {ratios[0]:.2f} to {ratios[-1]:.2f}"
+        said.append(
+            f"{peer} takes {statistics.median(ratios):.2f} times as long as {ours} ({number}); "
+            f"ours is faster in every round of {won} and slower in every round of {lost}."
+        )
+    return said

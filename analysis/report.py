@@ -69,7 +69,7 @@ def write(folder: Path) -> list[str]:
         answers=answers(sweep),
         results=results(sweep),
         races=races,
-        verdict=verdict(races) if races else None,
+        verdict=verdict(races),
         comparisons=comparisons(sweep, audits),
         pictures=pictures,
         left_out=left_out,

@@ -30,7 +30,8 @@ class Lent:
 
     def twin(self, tensor: Tensor) -> Tensor:
         """The same memory under another storage, which does not keep it: this list does, until the twin is gone."""
-        if tensor.device.type != "cpu" or isinstance(tensor, FakeTensor) or not tensor.numel():
+        real = tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)
+        if not real or not tensor.numel() or not tensor.is_contiguous():
             return tensor
         memory = (ctypes.c_byte * (tensor.numel() * tensor.element_size())).from_address(tensor.data_ptr())
         twin = torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)

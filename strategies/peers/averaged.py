@@ -10,7 +10,7 @@ class Summed(Function):
     @staticmethod
     def forward(ctx, loss: Tensor, ranks: int) -> Tensor:
         ctx.ranks = ranks
-        return loss.view_as(loss)
+        return loss.clone()  # FSDP2 warns of views
 
     @staticmethod
     def backward(ctx, grad: Tensor):
