@@ -39,6 +39,7 @@ VARIANTS = {  # column -> what it is where nothing is said of it
     "mlp_chunks": 1,
     "loss_chunks": 1,
     "model": None,
+    "n_kv_heads": None,
     "batch_size": None,
     "mode": None,
     "workload": None,

@@ -31,7 +31,7 @@ COLUMNS = [
     "workload", "direction", "placement", "ulysses_packed", "ring_kv", "mlp_chunks", "loss_chunks", "rounds",
     "iterations_per_s", "ideal_ms", "share_of_ideal",
     "exposed_comm_ms", "cluster", "capacity_bytes", "after_forward_bytes", "max_seq_len", "mode_seconds",
-    "relative_error",
+    "relative_error", "n_heads", "n_kv_heads",
 ]
 COMM_COLUMNS = ["phase", "kind", "axis", "group_size", "dtype", "calls", "payload_bytes", "sent_bytes", "source"]
 # fmt: on
@@ -54,6 +54,8 @@ def describe(config: dict) -> dict:
         "mode": config["mode"],
         "strategy": config["strategy"]["name"],
         "model": config["model"]["name"],
+        "n_heads": config["model"]["n_heads"],
+        "n_kv_heads": config["model"]["n_kv_heads"],
         "world_size": config["world_size"],
         **config["mesh"],
         "ring_layout": config["ring"]["layout"],
