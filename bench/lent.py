@@ -40,6 +40,8 @@ class Lent:
 
     def settle(self) -> None:
         """Let go of what has been given back, and wait for it where nothing else holds it any more."""
+        if not self.tensors:
+            return
         deadline = time.monotonic() + PATIENCE_S
         while self.is_held_by_gloo_alone() and time.monotonic() < deadline:
             time.sleep(0.0002)
