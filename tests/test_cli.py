@@ -54,7 +54,7 @@ WRONG = {  # overrides -> what the one sentence says
     "profile=true mode=simulate": "so there is no trace; mode=emulate would do",
     "strategy=fsdp2 mode=simulate": "mode=simulate has no race; mode=real or zero would do",
     "strategy=fsdp2 workload=attention": "fsdp2 has no attention of its own; workload=step would do",
-    "strategy=torch_tp world_size=4 model.n_kv_heads=2": "mesh.tp=4 must divide model.n_kv_heads = 2, which torch does not copy",
+    "strategy=torch_tp world_size=4 model.n_kv_heads=2": "must divide model.n_kv_heads = 2, which torch does not copy",
     "mode=emulate device=cuda": "device=cuda: mode=emulate needs 1 GPUs",
     "model.vocab_size=100": "data=text has tokens from 0 to",
 }
