@@ -158,7 +158,7 @@ def labels(rows: pd.DataFrame) -> list[str]:
         for strategy in set(rows.strategy)
         if len({m for m, s in zip(meshes, rows.strategy, strict=True) if s == strategy}) > 1
     }
-    differ = [column for column in VARIANTS if rows[column].nunique(dropna=False) > 1]
+    differ = [column for column in VARIANTS if rows[column].nunique() > 1]  # older rows may not say
     names = []
     for (_, row), where in zip(rows.iterrows(), meshes, strict=True):
         parts = [row.strategy, where if row.strategy in several or " " in where else ""]
