@@ -115,19 +115,24 @@ def check_peer(config: dict) -> None:
     if config["workload"] == "attention" and "core_attention" not in vars(peer):
         raise Invalid(f"workload=attention: {name} has no attention of its own; workload=step would do")
     for key, value in peer.fixed.items():
-        section, _, leaf = key.rpartition(".")
-        holder = config[section] if section else config
-        if holder[leaf] != value:
+        section, leaf = place_of(config, key)
+        if section[leaf] != value:
             config["notes"].append(f"{name} has {key}={value} alone")
-            holder[leaf] = value
+            section[leaf] = value
     if peer.adapted and config["device"] == "cpu":
         config["notes"].append(f"{name}'s schedule on this project's kernel")
 
 
 def value_of(config: dict, key: str):
     """The value of a key as written on the command line."""
+    section, leaf = place_of(config, key)
+    return section[leaf]
+
+
+def place_of(config: dict, key: str) -> tuple[dict, str]:
+    """Where a key as written on the command line is: the section that holds it, and its name there."""
     section, _, leaf = key.rpartition(".")
-    return (config[section] if section else config)[leaf]
+    return (config[section] if section else config), leaf
 
 
 def fill_model(config: dict) -> None:

@@ -6,11 +6,12 @@ from torch import Tensor, nn
 from torch.distributed._composable.replicate import replicate
 
 from strategies.peers.averaged import Summed
+from strategies.peers.peer import Peer
 from strategies.zero import Zero
 
 
-class DDP(Zero):
-    ours, package, adapted = "zero", "torch", False
+class DDP(Peer, Zero):
+    ours = "zero"
     fixed = MappingProxyType({"zero_stage": 0})
 
     def shard(self, model: nn.Module) -> None:

@@ -1,19 +1,17 @@
 """deepspeed_ulysses: ulysses with DeepSpeed's DistributedAttention (Jacobs et al. 2023, their own code)."""
 
 import os
-from types import MappingProxyType
 
 from torch import Tensor
 
 from strategies.base import Rule, Shape
 from strategies.ops.kernels import attend
-from strategies.peers.rules import at_least_two
+from strategies.peers.peer import Peer, at_least_two
 from strategies.ulysses import HEADS, SEQUENCE, Ulysses
 
 
-class DeepspeedUlysses(Ulysses):
-    ours, package, adapted = "ulysses", "deepspeed", False
-    fixed = MappingProxyType({})
+class DeepspeedUlysses(Peer, Ulysses):
+    ours, package = "ulysses", "deepspeed"
 
     def __init__(self, mesh, options) -> None:
         super().__init__(mesh, options)

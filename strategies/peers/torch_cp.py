@@ -3,19 +3,16 @@
 It deals the sequence out contiguous or zigzag (its head-tail load balancer); keys travel by all-gather, its default.
 """
 
-from types import MappingProxyType
-
 from torch import Tensor
 from torch.autograd import Function
 
 from strategies.base import Rule, Shape
-from strategies.peers.rules import at_least_two
+from strategies.peers.peer import Peer, at_least_two
 from strategies.ring import Ring
 
 
-class TorchCP(Ring):
-    ours, package, adapted = "ring", "torch", True
-    fixed = MappingProxyType({})
+class TorchCP(Peer, Ring):
+    ours, adapted = "ring", True
 
     @classmethod
     def rules(cls, shape: Shape) -> list[Rule]:

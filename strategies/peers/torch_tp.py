@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -24,19 +23,18 @@ from strategies.base import Rule, Shape
 from strategies.ops.kernels import attend
 from strategies.ops.vocab import IGNORED
 from strategies.peers.averaged import Summed
-from strategies.peers.rules import at_least_two
+from strategies.peers.fsdp2 import fully_shard_blocks
+from strategies.peers.peer import Peer, at_least_two, kv_heads_divide
 from strategies.tp_sp import TPSP
 
 
-class TorchTP(TPSP):
-    ours, package, adapted = "tp_sp", "torch", False
+class TorchTP(Peer, TPSP):
+    ours = "tp_sp"
     fixed = MappingProxyType({"zero_stage": 3, "mlp.chunks": 1, "loss.chunks": 1})
 
     @classmethod
     def rules(cls, shape: Shape) -> list[Rule]:
-        why = f"must divide model.n_kv_heads = {shape.n_kv_heads}, which torch does not copy"
-        heads = Rule("mesh.tp", shape.degrees["tp"], why, lambda tp: shape.n_kv_heads % tp == 0)
-        return [at_least_two("tp", shape), heads, *super().rules(shape)]
+        return [at_least_two("tp", shape), kv_heads_divide("tp", shape, "torch"), *super().rules(shape)]
 
     def shard(self, model: nn.Module) -> None:
         mesh = init_device_mesh(self.mesh.device, (self.dp.size, self.tp.size), mesh_dim_names=("dp", "tp"))
@@ -55,10 +53,7 @@ class TorchTP(TPSP):
         )
         finish_gradients(model)
         if self.dp.size > 1:
-            master_dtype = next(model.parameters()).dtype
-            policy = MixedPrecisionPolicy(self.options.compute_dtype, master_dtype, cast_forward_inputs=False)
-            for module in (*model.blocks, model):
-                fully_shard(module, mesh=mesh["dp"], mp_policy=policy)
+            fully_shard_blocks(model, mesh["dp"], self.options.compute_dtype)
 
     def attention(self, attn: nn.Module, x: DTensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         qkv = attn.project(x.redistribute(placements=[Replicate()]))  # [B, S_tp, D] -> [B, S, .._tp]

@@ -11,12 +11,12 @@ from torch import Tensor, distributed
 from strategies.base import Rule, Shape
 from strategies.ops.mesh import Axis
 from strategies.peers.flash_attn_on_cpu import provide_flash_attn
+from strategies.peers.peer import Peer, kv_heads_divide
 from strategies.usp import USP
 
 
-class Yunchang(USP):
+class Yunchang(Peer, USP):
     ours, package, adapted = "usp", "yunchang", True
-    fixed = MappingProxyType({})
     layouts = MappingProxyType({"contiguous": "basic", "zigzag": "zigzag", "striped": "strip"})
 
     def __init__(self, mesh, options) -> None:
@@ -33,9 +33,7 @@ class Yunchang(USP):
 
     @classmethod
     def rules(cls, shape: Shape) -> list[Rule]:
-        degree = shape.degrees["ulysses"]
-        why = f"must divide model.n_kv_heads = {shape.n_kv_heads}, which yunchang does not copy"
-        return [Rule("mesh.ulysses", degree, why, lambda u: shape.n_kv_heads % u == 0), *super().rules(shape)]
+        return [kv_heads_divide("ulysses", shape, "yunchang"), *super().rules(shape)]
 
     def core_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.theirs(q, k, v, causal=True)
