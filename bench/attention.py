@@ -92,14 +92,22 @@ class AttentionAlone:
             dist.barrier()
 
     def errors(self) -> dict[str, float]:
-        """|this rank's - its part of the whole| / |its part| of the output and of every gradient, where it has it."""
+        """How far this rank's output and gradients are from its part of the whole ones, where it has those.
+
+        As root mean squares, relative to the whole's: a part may be zero but for rounding, as is the gradient of the
+        first query, which sees one key.
+        """
         out = self.forward()
         self.backward(out)
         found = self.results(out, self.qkv)
         self.update()
         if self.truth and self.mesh.tp.size > self.whole[1].shape[2]:  # then neighbours share a kv head
             found = {name: t for name, t in found.items() if name not in ("grad of k", "grad of v")}
-        return {name: distance(found[name], self.part(whole)) for name, whole in self.truth.items() if name in found}
+        return {
+            name: rms(found[name].double() - self.part(whole).double()) / rms(whole.double())
+            for name, whole in self.truth.items()
+            if name in found
+        }
 
     def results(self, out: Tensor, qkv: list[Tensor]) -> dict[str, Tensor]:
         grads = {f"grad of {name}": t.grad for name, t in zip("qkv", qkv, strict=True) if self.with_backward}
@@ -124,5 +132,5 @@ def span_of_heads(n: int, tp: Axis) -> tuple[int, int]:
     return mine, mine + 1
 
 
-def distance(found: Tensor, truth: Tensor) -> float:
-    return ((found.double() - truth.double()).norm() / truth.double().norm()).item()
+def rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()

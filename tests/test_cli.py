@@ -204,6 +204,15 @@ def test_ranks_share_the_work_of_one(tmp_path):
         assert sum(on_ranks(4, instruments.flops, case, sizes, 4, 64)) == whole, case
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "striped"])
+def test_a_gradient_that_is_zero_is_not_called_wrong(tmp_path, monkeypatch, layout: str):
+    """The first rank has the first query alone, which sees one key: its gradient is nothing but rounding."""
+    monkeypatch.setattr(app, "RUNS", tmp_path)
+    row = app.run_one(job("strategy=ring", "workload=attention", "seq_len=2", f"ring.layout={layout}"))
+    assert (row["status"], row["reason"]) == ("ok", "")
+    assert row["relative_error"] < 1e-5
+
+
 def test_a_profile_shows_what_was_in_flight(tmp_path, monkeypatch):
     """A trace of every rank, whose lanes of communication hold every collective, with a duration."""
     monkeypatch.setattr(app, "RUNS", tmp_path)
