@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+from torch.distributed.tensor import DTensor
 
 from bench.emulated import done
 
@@ -24,12 +25,21 @@ class RememberingFakeMode(FakeTensorMode):
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
+        self.blank = vars(FakeTensor(self, torch.empty((), device="meta"), CPU))
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or every operation is wrapped once more
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.prim.device.default:
             return args[0].fake_device
+        if DTensor in types:
+            return NotImplemented  # it comes back as operations on its local tensor
         kwargs = kwargs or {}
         kind = self.kinds.get(func) or self.kinds.setdefault(func, kind_of(func))
+        if kind == "of no tensors":
+            return func(*args, **kwargs)
         if kind == "collective":  # of the fake process group: what it fills has its shape already
             return done() if len(func._schema.returns) == 1 else (args[0], done())
         usual = kind != "unusual" and not self.in_kernel_invocation and kwargs.get("device") in (None, CPU)
@@ -37,7 +47,7 @@ class RememberingFakeMode(FakeTensorMode):
         if given is None:
             return super().__torch_dispatch__(func, types, args, kwargs)
         if kind == "in place":
-            return args[0]
+            return args[0] if func._schema.returns else None
         if kind == "view":
             with in_kernel_invocation_manager(self):
                 out = func(*args, **kwargs)
@@ -73,15 +83,23 @@ class RememberingFakeMode(FakeTensorMode):
         return self.fake(torch.empty_strided(shape, stride, dtype=dtype, device="meta"))
 
     def fake(self, on_meta: Tensor) -> FakeTensor:
-        return FakeTensor(self, on_meta, CPU)
+        """FakeTensor(self, on_meta, CPU), without setting its twenty attributes one after the other."""
+        made = Tensor._make_subclass(FakeTensor, on_meta, dispatch_device=True, device_for_backend_keys=CPU)
+        made.__dict__.update(self.blank)
+        return made
 
 
 def kind_of(func: torch._ops.OpOverload) -> str:
-    """collective, view, in place (returns its first argument), new (tensors that arguments decide), or unusual."""
+    """collective, of no tensors, view, in place (returns its first argument or nothing), new (tensors that arguments
+    decide), or unusual."""
     unlike = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.inplace_view}
     schema = func._schema
     if func.namespace == "c10d":
         return "collective"
+    if not any("Tensor" in str(value.type) for value in (*schema.arguments, *schema.returns)):
+        return "of no tensors"
+    if func.namespace == "fsdp" and schema.is_mutable and not schema.returns:
+        return "in place"
     if func.namespace != "aten" or unlike & set(func.tags) or "lift" in func._opname:
         return "unusual"
     if func.has_kernel_for_dispatch_key(torch.DispatchKey.CompositeImplicitAutograd):
@@ -90,5 +108,5 @@ def kind_of(func: torch._ops.OpOverload) -> str:
         return "view"
     if schema.is_mutable:
         returns_itself = func._opname.endswith("_") and len(schema.returns) == 1
-        return "in place" if returns_itself else "unusual"
+        return "in place" if returns_itself or not schema.returns else "unusual"
     return "new"

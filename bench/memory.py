@@ -96,7 +96,7 @@ class MemoryLog:
     def saw(self, func, args, kwargs, out) -> None:
         if func.namespace == "c10d":
             return  # it writes into what it is lent
-        for tensor in tree_leaves(out):
+        for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(tensor, Tensor) and getattr(tensor, "fake_mode", None) is self.fake_mode:
                 self.see(tensor.untyped_storage(), "other")
 

@@ -32,19 +32,25 @@ class Instruments(TorchDispatchMode):
 
     def __init__(self, log: MemoryLog, *others) -> None:
         super().__init__()
-        self.lent, self.instruments = log.lent, (log, *others)
+        self.lent, self.instruments, self.fake = log.lent, (log, *others), log.fake_mode
         self.contexts = ExitStack()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or every operation is wrapped once more
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if DTensor in types:
             return NotImplemented  # it comes back as operations on its local tensor, which is what is here
-        self.lent.settle()
-        if func.namespace == "c10d":
-            args = self.lent.lend(args)
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if self.fake is not None:  # asked here, for to send every operation through two modes takes a third more
+            out = self.fake.__torch_dispatch__(func, types, args, kwargs)
+        else:
+            self.lent.settle()
+            out = func(*(self.lent.lend(args) if func.namespace == "c10d" else args), **kwargs)
         if func.namespace != "prim":
             for instrument in self.instruments:
-                instrument.saw(func, args, kwargs or {}, out)
+                instrument.saw(func, args, kwargs, out)
         return out
 
     def __enter__(self):

@@ -77,9 +77,10 @@ def step_of(config: dict, n_layers: int) -> Observed:
         batch = replace(batch, **parts)
         with fake:
             training.load(lambda name, shape: torch.empty(shape)).warm()
-    with fake, patch.dict(TRAVELS, rotate=Rotate if config["full_depth"] else AlikeOnce):
+    with fake:
         log = MemoryLog("cpu", training.state(), fake)
-        tell_places(training.model, log)
+    tell_places(training.model, log)
+    with patch.dict(TRAVELS, rotate=Rotate if config["full_depth"] else AlikeOnce):
         return observe(training, batch, log)
 
 
