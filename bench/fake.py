@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from bench.emulated import done
 
 CPU = torch.device("cpu")
+PLAIN = {int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
 
 
 class RememberingFakeMode(FakeTensorMode):
@@ -63,16 +64,14 @@ class RememberingFakeMode(FakeTensorMode):
         """The values, tensors as (shape, strides, dtype); None if one is no fake tensor of this mode, or a constant."""
         described = []
         for value in values:
-            if isinstance(value, FakeTensor) and value.fake_mode is self and value.constant is None:
-                described.append((value.shape, value.stride(), value.dtype))
-            elif isinstance(value, (list, tuple)):
-                if (inner := self.describe(value)) is None:
-                    return None
-                described.append((list if isinstance(value, list) else tuple, *inner))
-            elif isinstance(value, (Tensor, torch.ScriptObject, torch.Generator)):
-                return None
-            else:
+            if type(value) in PLAIN:
                 described.append((type(value), value))  # 1, 1.0 and True are the same key, and not the same argument
+            elif isinstance(value, FakeTensor) and value.fake_mode is self and value.constant is None:
+                described.append((value.shape, value.stride(), value.dtype))
+            elif isinstance(value, (list, tuple)) and (inner := self.describe(value)) is not None:
+                described.append((list if isinstance(value, list) else tuple, *inner))
+            else:
+                return None
         return tuple(described)
 
     def made(self, answer):
