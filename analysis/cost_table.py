@@ -86,6 +86,7 @@ class Letters:
     mlp_chunks: int = 1
     loss_chunks: int = 1
     packed: bool = False
+    head_chunks: int = 1
     gather_kv: bool = False
     tied: bool = False
     clipping: bool = True
@@ -93,7 +94,7 @@ class Letters:
     @classmethod
     def of(cls, config: dict) -> "Letters":
         """The numbers of a resolved configuration."""
-        model, mesh = config["model"], config["mesh"]
+        model, mesh, name = config["model"], config["mesh"], config["strategy"]["name"]
         e_w, e = BYTES[config["precision"]]
         h_kv, tp = model["n_kv_heads"], mesh["tp"]
         return cls(
@@ -120,6 +121,7 @@ class Letters:
             mlp_chunks=config["mlp"]["chunks"],
             loss_chunks=config["loss"]["chunks"],
             packed=config["ulysses"]["packed"],
+            head_chunks=config["ulysses"]["chunks"] if exchanges in BLOCK.get(name, []) else 1,
             gather_kv=config["ring"]["kv"] == "all_gather",
             tied=model["tie_embeddings"],
             clipping=config["optim"]["grad_clip"] is not None,
@@ -220,7 +222,7 @@ def odysseus_linears(s: Letters) -> list[Sent]:
 
 def exchanges(s: Letters) -> list[Sent]:
     """Heads for tokens and back: q, k, v, out, and their gradients (Jacobs et al. 2023, section 3)."""
-    again, calls = int(s.recompute), 2 if s.packed else 4
+    again, calls = int(s.recompute), s.head_chunks * (2 if s.packed else 4)
     size = 2 * s.q + 2 * s.kv
     of = "q, k, v, out" if s.packed else "q; k; v; out"
     return [
@@ -237,18 +239,13 @@ def hops(s: Letters) -> list[Sent]:
     """
     again, n = int(s.recompute), s.r - 1
     kv, grads = n * 2 * s.kv, n * 2 * s.kv / s.e * s.e_g
-    if s.gather_kv:
-        return [
-            Sent("forward", "all_gather", "k, v", 1, kv),
-            Sent("recompute", "all_gather", "k, v", again, again * kv),
-            Sent("backward", "all_gather", "k, v", 1, kv),
-            Sent("backward", "reduce_scatter", "dk, dv", 1, grads),
-        ]
+    calls = s.head_chunks * (1 if s.gather_kv else n)
+    kind, summed = ("all_gather", "reduce_scatter") if s.gather_kv else ("p2p", "p2p")
     return [
-        Sent("forward", "p2p", "k, v", n, kv),
-        Sent("recompute", "p2p", "k, v", again * n, again * kv),
-        Sent("backward", "p2p", "k, v", n, kv),
-        Sent("backward", "p2p", "dk, dv", n, grads),
+        Sent("forward", kind, "k, v", calls, kv),
+        Sent("recompute", kind, "k, v", again * calls, again * kv),
+        Sent("backward", kind, "k, v", calls, kv),
+        Sent("backward", summed, "dk, dv", calls, grads),
     ]
 
 

@@ -34,6 +34,7 @@ VARIANTS = {  # column -> what it is where nothing is said of it
     "recompute": "none",
     "precision": "fp32",
     "ulysses_packed": False,
+    "ulysses_chunks": 1,
     "ring_kv": "rotate",
     "placement": "ulysses_inner",
     "mlp_chunks": 1,

@@ -28,13 +28,13 @@ ROOT = Path(__file__).parents[1]
 SECTIONS = {  # title -> the methods and functions that it shows, in this order
     "split": ("split",),
     "shard": ("shard", "shard_mlp"),
-    "attention": ("attention", "core_attention", "to_heads"),
+    "attention": ("attention", "core_attention", "head_chunks", "to_heads", "to_tokens"),
     "mlp": ("mlp",),
     "embedding, head": ("embed", "loss"),
     "what must divide by what": ("degrees", "rules"),
 }
 LEADING = re.compile(r"^(<[^>]*>)?\s+")
-IN_BLOCK = ("attention", "core_attention", "to_heads", "mlp")
+IN_BLOCK = ("attention", "core_attention", "to_heads", "to_tokens", "mlp")
 
 
 @dataclass
@@ -189,8 +189,9 @@ def counterpart(name: str, text: str) -> str:
     if "ring_attention(" in text:
         return "around the ring"
     side = "after" if text.strip().startswith("return") else "before"
-    if name in ("attention", "core_attention", "to_heads"):
-        return "before attention" if name == "to_heads" else f"{side} attention"
+    side = {"to_heads": "before", "to_tokens": "after"}.get(name, side)
+    if name in ("attention", "core_attention", "to_heads", "to_tokens"):
+        return f"{side} attention"
     return f"{side} the MLP" if name == "mlp" else name
 
 

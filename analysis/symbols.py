@@ -48,6 +48,7 @@ def rows() -> list[Row]:
     found += [
         Row("ulysses", "", letters(u=N, rho=rho)),
         Row("ulysses", "ulysses.packed", letters(u=N, rho=rho, packed=True)),
+        Row("ulysses", "ulysses.chunks=2", letters(u=N, rho=rho, head_chunks=2)),
     ]
     found += [Row("ring", "", letters(r=N)), Row("ring", "ring.kv=all_gather", letters(r=N, gather_kv=True))]
     found += [Row("usp", "", letters(u=u, r=r, rho=rho))]

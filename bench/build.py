@@ -29,6 +29,7 @@ def build_strategy(config: dict) -> Strategy:
         ring_grad_dtype=config["ring"]["grad_dtype"],
         ring_kv=config["ring"]["kv"],
         ulysses_packed=config["ulysses"]["packed"],
+        ulysses_chunks=config["ulysses"]["chunks"],
     )
     return strategies.build(config["strategy"]["name"], config["mesh"], options, device, config["placement"])
 

@@ -33,6 +33,7 @@ AT_LEAST = {
     "steps": 1,
     "warmup": 0,
     "rounds": 1,
+    "ulysses.chunks": 1,
     "mlp.chunks": 1,
     "loss.chunks": 1,
 }
@@ -179,13 +180,11 @@ def fill_model(config: dict) -> None:
 def fill_mesh(config: dict) -> None:
     """Degrees whose product is world_size, on axes that the strategy has, and that divide what they split."""
     from strategies import ALL
-    from strategies.base import Shape
 
     name, mesh, world_size = config["strategy"]["name"], config["mesh"], config["world_size"]
     strategy = ALL[name]
     has = ("dp", *strategy.axes)
-    model = config["model"]
-    shape = Shape(model["n_heads"], model["n_kv_heads"], config["seq_len"], {}, config["ring"]["layout"])
+    shape = shape_of(config)
 
     for axis in AXES:
         if mesh[axis] is not None and mesh[axis] < 1:
@@ -209,11 +208,25 @@ def fill_mesh(config: dict) -> None:
     for axis in AXES:
         mesh[axis] = given.get(axis, filled.get(axis, 1))
 
-    shape.degrees = mesh
     for rule in strategy.rules(shape):
         if not rule.fits(rule.value):
             below, above = around(rule.value, rule.fits)
             raise Invalid(f"{rule.key}={rule.value} {rule.why}; {either(below, above)} would do")
+
+
+def shape_of(config: dict):
+    """What a strategy's rules are about; its degrees are the configuration's, as they are filled."""
+    from strategies.base import Shape
+
+    model = config["model"]
+    return Shape(
+        model["n_heads"],
+        model["n_kv_heads"],
+        config["seq_len"],
+        config["mesh"],
+        config["ring"]["layout"],
+        config["ulysses"]["chunks"],
+    )
 
 
 def check_context_parallel(world_size: int, mesh: dict) -> None:

@@ -70,6 +70,7 @@ class RingSection:
 @dataclass
 class UlyssesSection:
     packed: bool = False  # q, k and v in one exchange
+    chunks: int = 1  # pieces of a rank's heads
 
 
 @dataclass

@@ -3,17 +3,17 @@
 from collections.abc import Callable
 from itertools import count
 
+from bench.check import shape_of
 from strategies import ALL
-from strategies.base import Shape
 
 
 def granule(config: dict) -> int:
     """The shortest sequence that the strategy can split over the mesh: longer ones are its multiples."""
-    model, strategy = config["model"], ALL[config["strategy"]["name"]]
+    strategy = ALL[config["strategy"]["name"]]
 
     def fits(seq_len: int) -> bool:
-        shape = Shape(model["n_heads"], model["n_kv_heads"], seq_len, config["mesh"], config["ring"]["layout"])
-        return all(rule.fits(rule.value) for rule in strategy.rules(shape))
+        rules = strategy.rules(shape_of({**config, "seq_len": seq_len}))
+        return all(rule.fits(rule.value) for rule in rules)
 
     return next(seq_len for seq_len in count(1) if fits(seq_len))
 

@@ -20,7 +20,7 @@ count once; verbs come from ops/collectives.py and name their axis; and nothing 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
 
@@ -43,6 +43,7 @@ class Options:
     ring_grad_dtype: str = "fp32"
     ring_kv: str = "rotate"
     ulysses_packed: bool = False
+    ulysses_chunks: int = 1
 
 
 @dataclass
@@ -52,8 +53,9 @@ class Shape:
     n_heads: int
     n_kv_heads: int
     seq_len: int
-    degrees: dict[str, int] = field(default_factory=dict)  # of dp, ring, ulysses, tp
+    degrees: dict[str, int]  # of dp, ring, ulysses, tp
     ring_layout: str = "zigzag"
+    ulysses_chunks: int = 1
 
 
 @dataclass
@@ -87,6 +89,15 @@ def heads_rule(key: str, degree: int, shape: Shape) -> Rule:
 
     heads = f"model.n_heads = {shape.n_heads} and divide, or be a multiple of, model.n_kv_heads = {shape.n_kv_heads}"
     return Rule(key, degree, f"must divide {heads}", fits)
+
+
+def head_chunks_rule(degree: int, shape: Shape) -> Rule:
+    """Each of `degree` ranks' heads, and kv heads (copies included), in equal chunks."""
+    heads, kv_heads = shape.n_heads // degree, max(1, shape.n_kv_heads // degree)
+    why = f"must divide the {heads} heads and the {kv_heads} kv heads that a rank has in attention"
+    return Rule(
+        "ulysses.chunks", shape.ulysses_chunks, why, lambda chunks: heads % chunks == 0 and kv_heads % chunks == 0
+    )
 
 
 class Strategy:

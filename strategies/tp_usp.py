@@ -15,12 +15,11 @@ needs           n_heads % (tp ulysses) == 0; tp ulysses and n_kv_heads: one divi
 
 from torch import Tensor
 
-from strategies.base import Rule, Shape, heads_rule, sequence_rule
-from strategies.ops.collectives import all_to_all
+from strategies.base import Rule, Shape, head_chunks_rule, heads_rule, sequence_rule
 from strategies.ops.layouts import ring_split
 from strategies.ops.ring_attention import ring_attention
 from strategies.tp_sp import TPSP
-from strategies.ulysses import HEADS, SEQUENCE, to_heads
+from strategies.ulysses import SEQUENCE, head_chunks, to_heads, to_tokens
 
 
 class TPUSP(TPSP):
@@ -39,13 +38,17 @@ class TPUSP(TPSP):
     @classmethod
     def rules(cls, shape: Shape) -> list[Rule]:
         degree = shape.degrees["tp"] * shape.degrees["ulysses"]
-        return [heads_rule("mesh.ulysses * mesh.tp", degree, shape), sequence_rule(shape)]
+        return [
+            heads_rule("mesh.ulysses * mesh.tp", degree, shape),
+            head_chunks_rule(degree, shape),
+            sequence_rule(shape),
+        ]
 
     def split(self, tokens: Tensor) -> Tensor:
         around = ring_split(tokens, SEQUENCE, self.options.ring_layout, self.ring)
         return around.chunk(self.ulysses.size, SEQUENCE)[self.ulysses.rank]
 
     def core_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = to_heads(q, k, v, self.ulysses, self.options.ulysses_packed)  # -> [B, S_ring, H_tp_ulysses, K]
-        out = ring_attention(q, k, v, self.ring, self.options)
-        return all_to_all(out, SEQUENCE, HEADS, self.ulysses)  # [B, S_ring, H_tp_ulysses, K] -> [B, S_sp, H_tp, K]
+        arriving = [to_heads(*chunk, self.ulysses, self.options) for chunk in head_chunks(q, k, v, self.options)]
+        outs = (ring_attention(*chunk(), self.ring, self.options) for chunk in arriving)  # [B, S_ring, H_tp_ulysses, K]
+        return to_tokens(outs, self.ulysses)  # -> [B, S_sp, H_tp, K]

@@ -11,11 +11,13 @@ needs           n_heads % N == 0; N and n_kv_heads: one divides the other (rho =
                 seq_len % N == 0
 """
 
+from collections.abc import Callable, Iterable, Iterator
+
 import torch
 from torch import Tensor, nn
 
-from strategies.base import Rule, Shape, Strategy, heads_rule, multiple
-from strategies.ops.collectives import all_to_all
+from strategies.base import Options, Rule, Shape, Strategy, head_chunks_rule, heads_rule, multiple
+from strategies.ops.collectives import start_all_to_all
 from strategies.ops.kernels import attend
 from strategies.ops.mesh import Axis
 
@@ -30,6 +32,7 @@ class Ulysses(Strategy):
         ulysses = shape.degrees["ulysses"]
         return [
             heads_rule("mesh.ulysses", ulysses, shape),
+            head_chunks_rule(ulysses, shape),
             multiple("seq_len", shape.seq_len, ulysses, "mesh.ulysses"),
         ]
 
@@ -45,27 +48,39 @@ class Ulysses(Strategy):
         return attn.output(out)
 
     def core_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = to_heads(q, k, v, self.ulysses, self.options.ulysses_packed)  # -> [B, S, H_sp, K], [B, S, G_sp, K]
-        out = attend(q, k, v, self.options.kernel)
-        return all_to_all(out, SEQUENCE, HEADS, self.ulysses)  # [B, S, H_sp, K] -> [B, S_sp, H, K]
+        arriving = [to_heads(*chunk, self.ulysses, self.options) for chunk in head_chunks(q, k, v, self.options)]
+        outs = (attend(*chunk(), self.options.kernel) for chunk in arriving)  # of [B, S, H_sp, K], [B, S, G_sp, K]
+        return to_tokens(outs, self.ulysses)  # -> [B, S_sp, H, K]
 
     def mlp(self, mlp: nn.Module, x: Tensor) -> Tensor:
         return mlp(x)
 
 
-def to_heads(q: Tensor, k: Tensor, v: Tensor, ulysses: Axis, packed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """All heads of some tokens -> some heads of all tokens, in three exchanges or, packed, in one.
+def head_chunks(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Iterator[tuple[Tensor, ...]]:
+    """Pieces of the heads: all are sent at once, and while one is computed the next is still on its way."""
+    return zip(*(t.chunk(options.ulysses_chunks, HEADS) for t in (q, k, v)), strict=True)
+
+
+def to_heads(q: Tensor, k: Tensor, v: Tensor, ulysses: Axis, options: Options) -> Callable[[], tuple[Tensor, ...]]:
+    """All heads of some tokens -> some heads of all tokens, in three exchanges or, packed, in one: call it to wait.
 
     Every rank needs a kv head: where there are fewer, they are copied first, and only then.
     """
     copies = ulysses.size // k.shape[HEADS]
     if copies > 1:
         k, v = k.repeat_interleave(copies, HEADS), v.repeat_interleave(copies, HEADS)
-    if packed and ulysses.size > 1:
+    if options.ulysses_packed and ulysses.size > 1:
         by_rank = [t.unflatten(HEADS, (ulysses.size, -1)) for t in (q, k, v)]  # [B, S_sp, N, heads of that rank, K]
-        together = all_to_all(torch.cat(by_rank, dim=3).flatten(2, 3), HEADS, SEQUENCE, ulysses)
-        return together.split([t.shape[3] for t in by_rank], HEADS)
-    q = all_to_all(q, HEADS, SEQUENCE, ulysses)
-    k = all_to_all(k, HEADS, SEQUENCE, ulysses)
-    v = all_to_all(v, HEADS, SEQUENCE, ulysses)
-    return q, k, v
+        together = start_all_to_all(torch.cat(by_rank, dim=3).flatten(2, 3), HEADS, SEQUENCE, ulysses)
+        return lambda: together.wait().split([t.shape[3] for t in by_rank], HEADS)
+    arriving_q = start_all_to_all(q, HEADS, SEQUENCE, ulysses)
+    arriving_k = start_all_to_all(k, HEADS, SEQUENCE, ulysses)
+    arriving_v = start_all_to_all(v, HEADS, SEQUENCE, ulysses)
+    return lambda: (arriving_q.wait(), arriving_k.wait(), arriving_v.wait())
+
+
+def to_tokens(outs: Iterable[Tensor], ulysses: Axis) -> Tensor:
+    """Some heads of all tokens -> all heads of some tokens: each chunk leaves before the next is computed."""
+    leaving = [start_all_to_all(out, SEQUENCE, HEADS, ulysses) for out in outs]
+    chunks = [out.wait() for out in leaving]
+    return torch.cat(chunks, HEADS) if len(chunks) > 1 else chunks[0]

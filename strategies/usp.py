@@ -14,11 +14,10 @@ needs           n_heads % ulysses == 0; ulysses and n_kv_heads: one divides the 
 
 from torch import Tensor
 
-from strategies.base import Rule, Shape, heads_rule, sequence_rule
-from strategies.ops.collectives import all_to_all
+from strategies.base import Rule, Shape, head_chunks_rule, heads_rule, sequence_rule
 from strategies.ops.layouts import ring_split
 from strategies.ops.ring_attention import ring_attention
-from strategies.ulysses import HEADS, SEQUENCE, Ulysses, to_heads
+from strategies.ulysses import SEQUENCE, Ulysses, head_chunks, to_heads, to_tokens
 
 
 class USP(Ulysses):
@@ -35,13 +34,14 @@ class USP(Ulysses):
 
     @classmethod
     def rules(cls, shape: Shape) -> list[Rule]:
-        return [heads_rule("mesh.ulysses", shape.degrees["ulysses"], shape), sequence_rule(shape)]
+        ulysses = shape.degrees["ulysses"]
+        return [heads_rule("mesh.ulysses", ulysses, shape), head_chunks_rule(ulysses, shape), sequence_rule(shape)]
 
     def split(self, tokens: Tensor) -> Tensor:
         around = ring_split(tokens, SEQUENCE, self.options.ring_layout, self.ring)
         return around.chunk(self.ulysses.size, SEQUENCE)[self.ulysses.rank]
 
     def core_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = to_heads(q, k, v, self.ulysses, self.options.ulysses_packed)  # -> [B, S_ring, H_ulysses, K]
-        out = ring_attention(q, k, v, self.ring, self.options)
-        return all_to_all(out, SEQUENCE, HEADS, self.ulysses)  # [B, S_ring, H_ulysses, K] -> [B, S_sp, H, K]
+        arriving = [to_heads(*chunk, self.ulysses, self.options) for chunk in head_chunks(q, k, v, self.options)]
+        outs = (ring_attention(*chunk(), self.ring, self.options) for chunk in arriving)  # of [B, S_ring, H_ulysses, K]
+        return to_tokens(outs, self.ulysses)  # -> [B, S_sp, H, K]

@@ -18,6 +18,7 @@ class Case:
     layout: str = "zigzag"
     zero_stage: int = 3
     packed: bool = False
+    head_chunks: int = 1
     kv: str = "rotate"
     placement: str = "ulysses_inner"
     recompute: bool = False
@@ -31,6 +32,7 @@ class Case:
             "ring_layout": self.layout,
             "ring_kv": self.kv,
             "ulysses_packed": self.packed,
+            "ulysses_chunks": self.head_chunks,
             "zero_stage": self.zero_stage,
         }
 
@@ -51,12 +53,18 @@ class Case:
     def world_size(self) -> int:
         return self.dp * self.tp * self.ulysses * self.ring
 
+    def fits(self, n_kv_heads: int) -> bool:
+        """Has a rank as many of 8 heads, and of these kv heads, as make equal chunks?"""
+        ranks = self.tp * self.ulysses
+        return not any(max(1, n // ranks) % self.head_chunks for n in (8, n_kv_heads))
+
     def __str__(self) -> str:
         axes = " ".join(f"{axis}{size}" for axis, size in self.degrees.items() if size > 1)
         layout = self.layout if self.ring > 1 else ""
         stage = f"stage{self.zero_stage}" if self.zero_stage < 3 else ""
         chunks = f"chunks {self.mlp_chunks},{self.loss_chunks}" if max(self.mlp_chunks, self.loss_chunks) > 1 else ""
-        variant = ("packed" if self.packed else "", self.kv.removeprefix("rotate"))
+        heads = f"head chunks {self.head_chunks}" if self.head_chunks > 1 else ""
+        variant = ("packed" if self.packed else "", heads, self.kv.removeprefix("rotate"))
         variant = (*variant, "recompute" if self.recompute else "", chunks)
         inner = self.placement.removeprefix("ulysses_inner")
         return " ".join(part for part in (self.strategy, axes, layout, stage, *variant, inner) if part)
@@ -79,6 +87,8 @@ def cases(world_size: int) -> list[Case]:
         found += [Case(name, tp=2, ring=2, layout=layout) for name in ("tp_usp", "odysseus") for layout in LAYOUTS]
         found += [Case("odysseus", ring=4)]
         found += [Case("ulysses", ulysses=4, packed=True), Case("tp_usp", tp=2, ulysses=2, packed=True)]
+        found += [Case("ulysses", dp=2, ulysses=2, head_chunks=2), Case("tp_usp", ulysses=2, ring=2, head_chunks=2)]
+        found += [Case("usp", ulysses=2, ring=2, packed=True, head_chunks=2, recompute=True)]
         found += [Case("ring", ring=4, layout=layout, kv="all_gather") for layout in LAYOUTS]
         found += [Case("usp", ulysses=2, ring=2, packed=True, kv="all_gather", placement="ring_inner")]
         for stage in (0, 1, 2):
@@ -108,7 +118,7 @@ def config_of(case: Case, sizes: dict, batch_size: int, seq_len: int, precision:
         "strategy": {"name": case.strategy},
         "mesh": case.degrees,
         "ring": {"layout": case.layout, "grad_dtype": changes.get("ring_grad_dtype", "fp32"), "kv": case.kv},
-        "ulysses": {"packed": case.packed},
+        "ulysses": {"packed": case.packed, "chunks": case.head_chunks},
         "model": {"head_dim": sizes["dim"] // sizes["n_heads"], "tie_embeddings": False, **sizes},
         "mlp": {"chunks": case.mlp_chunks},
         "loss": {"chunks": case.loss_chunks},

@@ -339,7 +339,7 @@ def test_a_line_lights_up_with_its_counterparts(browser, pages):
     page.locator(".row.sends", has_text="gathered_linear(x, [attn.q").first.click()
     lit = page.locator(".row.sends.lit")
     texts = " ".join(lit.all_inner_texts())
-    assert "q = all_to_all(q, HEADS, SEQUENCE" in texts
+    assert "arriving_q = start_all_to_all(q, HEADS, SEQUENCE" in texts
     assert "return reduce_scatter" not in texts
     assert page.locator(".sum .bad").count() == 0
     assert page.locator(".sum .good").count() == 8  # activations and weights of four strategies
@@ -355,12 +355,12 @@ def test_the_gutter_shows_the_bytes_of_comm_csv(browser, pages):
     )
     lines = csv.DictReader((pages.parent / record["run_id"] / "comm.csv").open())
     text = (ROOT / "strategies" / "ulysses.py").read_text().splitlines()
-    number = next(n for n, line in enumerate(text, 1) if "q = all_to_all(q" in line)
+    number = next(n for n, line in enumerate(text, 1) if "arriving_q = start_all_to_all(q" in line)
     sent = sum(
         int(e["sent_bytes"]) for e in lines if e["source"].endswith(f"ulysses.py:{number}") and e["phase"] == "forward"
     )
     per_block = sent / record["config"]["model"]["n_layers"]
-    row = page.locator("[data-strategy=ulysses] .row.sends", has_text="q = all_to_all(q").first
+    row = page.locator("[data-strategy=ulysses] .row.sends", has_text="arriving_q = start_all_to_all(q").first
     assert f"→ A2A {per_block / 1e3:.3g} kB" in row.inner_text()
     page.close()
 

@@ -107,14 +107,6 @@ def reduce_scatter_chunks(out: Tensor, chunks: Tensor, group: dist.ProcessGroup)
     return Pending([work], (out, chunks, parts), lambda out, _, parts: torch.sum(parts, dim=0, out=out))
 
 
-def exchange(x: Tensor, split: int, concat: int, axis: Axis) -> Tensor:
-    """Cut x along `split` into one part per rank, swap, and join what arrives along `concat`."""
-    parts = x.unflatten(split, (axis.size, -1)).movedim(split, 0).contiguous()
-    arrived = torch.empty_like(parts)
-    dist.all_to_all_single(arrived, parts, group=axis.group)
-    return arrived.movedim(0, concat).flatten(concat, concat + 1)
-
-
 def sum_over(x: Tensor, axis: Axis) -> Tensor:
     """A new tensor: the sum of every rank's x."""
     total = x.clone(memory_format=torch.contiguous_format)
@@ -182,15 +174,46 @@ class ReduceScatter(Function):
         return start_all_gather(grad, ctx.dim, ctx.axis).wait(), None, None
 
 
-class AllToAll(Function):
+class Flight:
+    """What both ends of an all-to-all share: the exchange that is in flight between them, in forward or in backward."""
+
+    def __init__(self, axis: Axis) -> None:
+        self.axis = axis
+
+    def leave(self, x: Tensor, dim: int) -> Tensor:
+        """Send one part of x, cut along `dim`, to each rank -> what arrives, [size, ..], not before land()."""
+        self.parts = x.unflatten(dim, (self.axis.size, -1)).movedim(dim, 0).contiguous()
+        arriving = torch.empty_like(self.parts)
+        self.work = dist.all_to_all_single(arriving, self.parts, group=self.axis.group, async_op=True)
+        return arriving
+
+    def land(self, arrived: Tensor, dim: int) -> Tensor:
+        """Join what has arrived along `dim`."""
+        self.work.wait()
+        self.parts = self.work = None
+        return arrived.movedim(0, dim).flatten(dim, dim + 1)
+
+
+class Leave(Function):
     @staticmethod
-    def forward(ctx, x: Tensor, split: int, concat: int, axis: Axis) -> Tensor:
-        ctx.split, ctx.concat, ctx.axis = split, concat, axis
-        return exchange(x, split, concat, axis)
+    def forward(ctx, x: Tensor, dim: int, flight: Flight) -> Tensor:
+        ctx.dim, ctx.flight = dim, flight
+        return flight.leave(x, dim)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return exchange(grad, ctx.concat, ctx.split, ctx.axis), None, None, None
+        return ctx.flight.land(grad, ctx.dim), None, None
+
+
+class Land(Function):
+    @staticmethod
+    def forward(ctx, arrived: Tensor, dim: int, flight: Flight) -> Tensor:
+        ctx.dim, ctx.flight = dim, flight
+        return flight.land(arrived, dim)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return ctx.flight.leave(grad, ctx.dim), None, None
 
 
 def copy(x: Tensor, axis: Axis) -> Tensor:
@@ -213,6 +236,15 @@ def reduce_scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
     return x if axis.size == 1 else ReduceScatter.apply(x, dim, axis)
 
 
+def start_all_to_all(x: Tensor, split: int, concat: int, axis: Axis) -> Pending:
+    """all_to_all, as a Pending. Its backward is in flight as long as autograd has other things to do meanwhile."""
+    if axis.size == 1:
+        return Pending([], (x,), lambda x: x)
+    flight = Flight(axis)
+    arriving = Leave.apply(x, split, flight)
+    return Pending([], (arriving,), lambda arrived: Land.apply(arrived, concat, flight))
+
+
 def all_to_all(x: Tensor, split: int, concat: int, axis: Axis) -> Tensor:
     """Shard along `concat` and whole along `split` -> whole along `concat` and shard along `split`."""
-    return x if axis.size == 1 else AllToAll.apply(x, split, concat, axis)
+    return start_all_to_all(x, split, concat, axis).wait()
