@@ -94,7 +94,7 @@ def heads_rule(key: str, degree: int, shape: Shape) -> Rule:
 def head_chunks_rule(degree: int, shape: Shape) -> Rule:
     """Each of `degree` ranks' heads, and kv heads (copies included), in equal chunks."""
     heads, kv_heads = shape.n_heads // degree, max(1, shape.n_kv_heads // degree)
-    why = f"must divide the {heads} heads and the {kv_heads} kv heads that a rank has in attention"
+    why = f"must divide a rank's heads in attention, {heads}, and its kv heads, {kv_heads}"
     return Rule(
         "ulysses.chunks", shape.ulysses_chunks, why, lambda chunks: heads % chunks == 0 and kv_heads % chunks == 0
     )

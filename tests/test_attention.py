@@ -1,15 +1,21 @@
 """The kernels, the merge of partial softmaxes and the layouts, against plain softmax in fp64."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import strategies
+from strategies.base import Options
+from strategies.ops import collectives
+from strategies.ops.collectives import Flight
 from strategies.ops.kernels import Math, SdpaCpu, pick_kernel
 from strategies.ops.layouts import LAYOUTS, ring_split, visible
 from strategies.ops.mesh import Axis
 from strategies.ops.ring_attention import merge
-from tests.ranks import on_ranks
+from tests.ranks import on_ranks, standing_for
 from tests.reference import distance
 
 shapes = st.tuples(
@@ -151,3 +157,42 @@ def test_auto_picks_what_runs():
     assert pick_kernel("auto", "cuda", torch.bfloat16, 128).name in ("sdpa", "flash_attn")
     with pytest.raises(ValueError, match=r"flash_attn needs CUDA.*these run: sdpa, math"):
         pick_kernel("flash_attn", "cpu", torch.float32, 64)
+
+
+def in_flight_beside_the_kernel(head_chunks: int) -> list[int]:
+    """How many exchanges are on their way at each call of the kernel, forward and then backward."""
+    flying, seen = 0, []
+
+    class Flying(Flight):
+        def leave(self, x, dim):
+            nonlocal flying
+            flying += 1
+            return super().leave(x, dim)
+
+        def land(self, arrived, dim):
+            nonlocal flying
+            flying -= 1
+            return super().land(arrived, dim)
+
+    class Looking(SdpaCpu):
+        def forward(self, *args, **kwargs):
+            seen.append(flying)
+            return super().forward(*args, **kwargs)
+
+        def backward(self, *args, **kwargs):
+            seen.append(flying)
+            return super().backward(*args, **kwargs)
+
+    with standing_for(0, 2), patch.object(collectives, "Flight", Flying):
+        options = Options(Looking(), ulysses_chunks=head_chunks)
+        strategy = strategies.build("ulysses", {"ulysses": 2}, options)
+        q, k, v, grad = inputs(1, 16, (8, 4), 8)
+        strategy.core_attention(*(t.requires_grad_() for t in (q, k, v))).backward(grad)
+    assert flying == 0
+    return seen
+
+
+def test_one_chunk_of_heads_is_exchanged_while_another_is_computed():
+    """Forward: the second's q, k and v, then the first's output. Backward: its gradient, then those of the second's."""
+    assert in_flight_beside_the_kernel(1) == [0, 0]
+    assert in_flight_beside_the_kernel(2) == [3, 1, 1, 3]
