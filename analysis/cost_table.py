@@ -94,7 +94,7 @@ class Letters:
     @classmethod
     def of(cls, config: dict) -> "Letters":
         """The numbers of a resolved configuration."""
-        model, mesh, name = config["model"], config["mesh"], config["strategy"]["name"]
+        model, mesh = config["model"], config["mesh"]
         e_w, e = BYTES[config["precision"]]
         h_kv, tp = model["n_kv_heads"], mesh["tp"]
         return cls(
@@ -121,7 +121,7 @@ class Letters:
             mlp_chunks=config["mlp"]["chunks"],
             loss_chunks=config["loss"]["chunks"],
             packed=config["ulysses"]["packed"],
-            head_chunks=config["ulysses"]["chunks"] if exchanges in BLOCK.get(name, []) else 1,
+            head_chunks=config["ulysses"]["chunks"],
             gather_kv=config["ring"]["kv"] == "all_gather",
             tied=model["tie_embeddings"],
             clipping=config["optim"]["grad_clip"] is not None,
@@ -239,7 +239,7 @@ def hops(s: Letters) -> list[Sent]:
     """
     again, n = int(s.recompute), s.r - 1
     kv, grads = n * 2 * s.kv, n * 2 * s.kv / s.e * s.e_g
-    calls = s.head_chunks * (1 if s.gather_kv else n)
+    calls = 1 if s.gather_kv else n
     kind, summed = ("all_gather", "reduce_scatter") if s.gather_kv else ("p2p", "p2p")
     return [
         Sent("forward", kind, "k, v", calls, kv),
@@ -247,6 +247,11 @@ def hops(s: Letters) -> list[Sent]:
         Sent("backward", kind, "k, v", calls, kv),
         Sent("backward", summed, "dk, dv", calls, grads),
     ]
+
+
+def hops_of_chunks(s: Letters) -> list[Sent]:
+    """Inside exchanges: one chunk of the heads after the other goes around the ring."""
+    return [replace(line, calls=s.head_chunks * line.calls) for line in hops(s)]
 
 
 # What the embedding and the head exchange where they split the vocabulary.
@@ -293,8 +298,8 @@ BLOCK = {  # strategy -> what its block exchanges: "X is Y with Z" as a table
     "tp_sp": [tp_sp_linears],
     "ulysses": [exchanges],
     "ring": [hops],
-    "usp": [exchanges, hops],
-    "tp_usp": [tp_sp_linears, exchanges, hops],
+    "usp": [exchanges, hops_of_chunks],
+    "tp_usp": [tp_sp_linears, exchanges, hops_of_chunks],
     "odysseus": [odysseus_linears, hops],
 }
 ENDS = {"tp": tp_ends, "tp_sp": tp_sp_ends, "tp_usp": tp_sp_ends, "odysseus": tp_sp_ends}
@@ -421,7 +426,7 @@ def of_step(name: str, s: Letters) -> list[Sent]:
 
 def of_attention(name: str, s: Letters, backward: bool) -> list[Sent]:
     """workload=attention: what is exchanged between the projections of one block."""
-    parts = [part for part in BLOCK[name] if part in (exchanges, hops)]
+    parts = [part for part in BLOCK[name] if part in (exchanges, hops, hops_of_chunks)]
     phases = ("forward", "backward") if backward else ("forward",)
     return sent(line for part in parts for line in part(s) if line.phase in phases)
 
