@@ -37,6 +37,7 @@ VARIANTS = {  # column -> what it is where nothing is said of it
     "ulysses_chunks": 1,
     "ring_kv": "rotate",
     "placement": "ulysses_inner",
+    "compile": False,
     "mlp_chunks": 1,
     "loss_chunks": 1,
     "model": None,

@@ -44,6 +44,7 @@ def build_training(config: dict, strategy: Strategy) -> Training:
         recompute=config["recompute"] == "block",
         mlp_chunks=config["mlp"]["chunks"],
         loss_chunks=config["loss"]["chunks"],
+        compiled=config["compile"],
     )
 
 

@@ -87,6 +87,8 @@ def check_mode(config: dict) -> None:
         )
     if mode == "simulate" and config["profile"]:
         raise Invalid("profile=true: mode=simulate has no clock yet, so there is no trace; mode=emulate would do")
+    if mode == "simulate" and config["compile"]:
+        raise Invalid("compile=true: mode=simulate computes nothing, and knows no fused kernels; mode=emulate would do")
     if mode != "real" and config["save_path"] is not None:
         raise Invalid(
             f"save_path={config['save_path']}: mode={mode} trains nothing worth saving; null or mode=real would do"

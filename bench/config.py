@@ -131,6 +131,7 @@ class Config:
     zero_stage: int = 3
     precision: str = "fp32"
     recompute: str = "none"
+    compile: bool = False
     steps: int = 5
     warmup: int = 2
     seed: int = 0

@@ -3,6 +3,7 @@
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
+import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -64,11 +65,14 @@ class Instruments(TorchDispatchMode):
 
 
 def observe(training: Training | AttentionAlone, batch: Batch | None, log: MemoryLog) -> Observed:
-    """Run one more step. Gradients and optimizer state must be there already, as they are from the second step on."""
+    """Run one more step, with nothing compiled: a fused kernel shows no instrument what it holds.
+
+    Gradients and optimizer state must be there already, as they are from the second step on.
+    """
     ledger, counter = Ledger(training.model), FlopCounter()
     options = training.strategy.options
     kernel, options.kernel = options.kernel, CountedKernel(options.kernel, counter)
-    with Instruments(log, ledger, counter):
+    with torch.compiler.set_stance("force_eager"), Instruments(log, ledger, counter):
         loss = training.forward(batch)
         log.end_forward()
         ledger.phase = "backward"

@@ -31,7 +31,7 @@ COLUMNS = [
     "workload", "direction", "placement", "ulysses_packed", "ring_kv", "mlp_chunks", "loss_chunks", "rounds",
     "iterations_per_s", "ideal_ms", "share_of_ideal",
     "exposed_comm_ms", "cluster", "capacity_bytes", "after_forward_bytes", "max_seq_len", "mode_seconds",
-    "relative_error", "n_heads", "n_kv_heads", "ulysses_chunks",
+    "relative_error", "n_heads", "n_kv_heads", "ulysses_chunks", "compile",
 ]
 COMM_COLUMNS = ["phase", "kind", "axis", "group_size", "dtype", "calls", "payload_bytes", "sent_bytes", "source"]
 # fmt: on
@@ -61,7 +61,7 @@ def describe(config: dict) -> dict:
         "ring_layout": config["ring"]["layout"],
         "attention_kernel": config["attention"]["kernel"],
         **{key: config[key] for key in ["zero_stage", "seq_len", "batch_size", "precision", "recompute", "device"]},
-        **{key: config[key] for key in ["steps", "warmup", "workload", "placement", "rounds"]},
+        **{key: config[key] for key in ["steps", "warmup", "workload", "placement", "rounds", "compile"]},
         "direction": config["direction"] if config["workload"] == "attention" else None,
         "ulysses_packed": config["ulysses"]["packed"],
         "ulysses_chunks": config["ulysses"]["chunks"],

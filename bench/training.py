@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bench.config import OptimSection
 from models.config import ModelConfig
-from models.llama import Llama
+from models.llama import POINTWISE, Llama
 from strategies.base import Strategy
 from strategies.ops.vocab import IGNORED
 from strategies.ops.weights import finish_gradients, gradient_norm, local, materialize, publish_weights, trained
@@ -46,6 +46,7 @@ class Training:
         recompute: bool = False,
         mlp_chunks: int = 1,
         loss_chunks: int = 1,
+        compiled: bool = False,
     ) -> None:
         weights_dtype, compute_dtype = dtypes
         self.strategy, self.mesh, self.device = strategy, strategy.mesh, strategy.mesh.device
@@ -54,6 +55,10 @@ class Training:
         self.model = model.to(weights_dtype)
         self.shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
         strategy.shard(self.model)
+        if compiled:
+            for module in self.model.modules():
+                if isinstance(module, POINTWISE):
+                    module.compile()
         self.optim = optim
         self.optimizer: torch.optim.Optimizer | None = None
 

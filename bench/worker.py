@@ -7,6 +7,7 @@ import threading
 import traceback
 from dataclasses import asdict
 from datetime import timedelta
+from multiprocessing import util
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ def serve(rank: int, config: dict, folder: str, pipe) -> None:
     except BaseException as error:
         pipe.send(("failed", describe(error)))
         os._exit(1)
+    util._exit_function()  # or locks that libraries have made are reported as leaked
     os._exit(0)
 
 

@@ -66,6 +66,25 @@ class Normalized(Function):
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
+class Rotary(nn.Module):
+    """Rotary embedding of [B, S, H, K], pairing dims k and k + K/2 as the Hugging Face checkpoints do."""
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        cos, sin = rope
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class SwiGLU(nn.Module):
+    """silu(gate) * up (Shazeer 2020)."""
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return F.silu(gate) * up
+
+
+POINTWISE = RMSNorm, Rotary, SwiGLU  # what a compiler can fuse without seeing a matrix or a message
+
+
 class Attention(nn.Module):
     """The projections around attention; attention itself is the strategy's."""
 
@@ -76,6 +95,7 @@ class Attention(nn.Module):
         self.k = Linear(config.dim, config.n_kv_heads * config.head_dim)
         self.v = Linear(config.dim, config.n_kv_heads * config.head_dim)
         self.o = Linear(config.n_heads * config.head_dim, config.dim)
+        self.rotary = Rotary()
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, S, D] -> q [B, S, H*K], k and v [B, S, G*K]"""
@@ -84,7 +104,7 @@ class Attention(nn.Module):
     def heads(self, qkv: tuple[Tensor, ...], rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, S, H*K], k and v [B, S, G*K] -> q [B, S, H, K], k and v [B, S, G, K], q and k rotated."""
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in qkv)
-        return rotate(q, rope), rotate(k, rope), v
+        return self.rotary(q, rope), self.rotary(k, rope), v
 
     def output(self, out: Tensor) -> Tensor:
         """[B, S, H, K] -> [B, S, D]"""
@@ -92,7 +112,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x))."""
+    """down(silu(gate(x)) * up(x))."""
 
     def __init__(self, config: ModelConfig, chunks: int) -> None:
         super().__init__()
@@ -100,6 +120,7 @@ class MLP(nn.Module):
         self.gate = Linear(config.dim, config.ffn_dim)
         self.up = Linear(config.dim, config.ffn_dim)
         self.down = Linear(config.ffn_dim, config.dim)
+        self.swiglu = SwiGLU()
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[B, S, D] -> gate and up [B, S, F]"""
@@ -107,8 +128,7 @@ class MLP(nn.Module):
 
     def output(self, projected: tuple[Tensor, ...]) -> Tensor:
         """gate and up [B, S, F] -> [B, S, D]"""
-        gate, up = projected
-        return self.down(F.silu(gate) * up)
+        return self.down(self.swiglu(*projected))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.tiled(lambda part: self.output(self.project(part)), x)
@@ -244,10 +264,3 @@ def scaled_frequencies(frequencies: Tensor, config: ModelConfig) -> Tensor:
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = keep.clamp(0, 1)
     return keep * frequencies + (1 - keep) * frequencies / scaling.factor
-
-
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding of [B, S, H, K], pairing dims k and k + K/2 as the Hugging Face checkpoints do."""
-    cos, sin = rope
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin

@@ -93,7 +93,9 @@ def names(folder: str) -> list[str]:
     return list(parameter_shapes(ModelConfig(**read_config(folder))))
 
 
-def build(case: Case, folder: str, dtypes=PRECISIONS["fp32"], kernel: str = "auto", **options) -> Training:
+def build(
+    case: Case, folder: str, dtypes=PRECISIONS["fp32"], kernel: str = "auto", compiled: bool = False, **options
+) -> Training:
     """A rank's Training of a case, from a checkpoint."""
     config = ModelConfig(**read_config(folder))
     checkpoint = Checkpoint(folder)
@@ -104,6 +106,7 @@ def build(case: Case, folder: str, dtypes=PRECISIONS["fp32"], kernel: str = "aut
         OptimSection(lr=1e-3, grad_clip=0.5),
         dtypes=dtypes,
         **case.model,
+        compiled=compiled,
     ).load(lambda name, _: checkpoint.tensor(name))
 
 

@@ -118,3 +118,20 @@ def test_tp_usp_is_usp_at_tp_1_and_tp_sp_at_ulysses_ring_1(hybrid: Case, plain: 
     (ours, we_sent), (theirs, they_sent) = (on_ranks(4, trained, c, checkpoints["gqa"])[0] for c in (hybrid, plain))
     reference.assert_equal(ours, theirs, 1e-6, f"{hybrid} against {plain}")
     assert we_sent == they_sent
+
+
+def compiled_or_not(rank: int, case: Case, folder: str, compiled: bool) -> tuple[reference.Result | None, int]:
+    """The result of a step, and how many graphs were compiled for it."""
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    training = reference.build(case, folder, compiled=compiled)
+    result = reference.run_case(training, *batch_of(1, None))
+    return result, torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+
+
+def test_compiled_is_the_same_model(checkpoints):
+    """compile=true: a norm, the rotation of q and of k, and the activation are a graph each; else there is none."""
+    case, folder = Case("ulysses", ulysses=2, recompute=True), checkpoints["gqa"]
+    (ours, graphs), (plain, none) = (on_ranks(2, compiled_or_not, case, folder, yes)[0] for yes in (True, False))
+    assert (graphs, none) == (4, 0)
+    reference.assert_equal(ours, plain, CLOSE, "compiled against eager")
+    reference.assert_equal(ours, judge(folder, 1, None), CLOSE, "compiled against transformers")
