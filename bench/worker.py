@@ -36,11 +36,12 @@ def serve(rank: int, config: dict, folder: str, pipe) -> None:
     faulthandler.register(signal.SIGUSR1, stacks, all_threads=False)
     threading.Thread(target=die_with_parent, args=(pipe,), daemon=True).start()
     try:
-        pipe.send(("measured", run(rank, config, folder, pipe)))
+        measured = run(rank, config, folder, pipe)
+        util._exit_function()  # or locks that libraries have made are reported as leaked
+        pipe.send(("measured", measured))
     except BaseException as error:
         pipe.send(("failed", describe(error)))
         os._exit(1)
-    util._exit_function()  # or locks that libraries have made are reported as leaked
     os._exit(0)
 
 
