@@ -86,6 +86,7 @@ class Training:
         loss.backward()
         finish_gradients(self.model)
 
+    @torch.no_grad()
     def update(self) -> None:
         """Clip, AdamW, and zero the gradients, which stay allocated from step to step."""
         if self.optimizer is None:
@@ -118,11 +119,12 @@ class Training:
             shards, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay, fused=True
         )
 
+    @torch.no_grad()
     def state(self) -> dict[str, list[Tensor]]:
         """What of the model and its optimizer lives on this rank, after the first update."""
         parameters = list(self.model.parameters())
         return {
-            "params": [local(parameter.detach()) for parameter in parameters],
+            "params": [local(parameter).detach() for parameter in parameters],
             "grads": [local(parameter.grad) for parameter in parameters],
             "optimizer": [moment for state in self.optimizer.state.values() for moment in state.values()],
         }

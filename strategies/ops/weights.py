@@ -210,7 +210,7 @@ def materialize(model: nn.Module, device: str, whole: Callable[[str], Tensor]) -
 def whole_parameters(model: nn.Module, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
     """Every whole parameter, one at a time, on every rank: what a checkpoint holds."""
     for name, parameter, share in owned(model):
-        mine = local(parameter.detach())
+        mine = local(parameter).detach()
         whole = mine.new_full(shapes[name], float("-inf"))
         in_whole(whole, parameter, share).copy_(mine)
         if dist.is_initialized():
@@ -226,7 +226,7 @@ def trained(model: nn.Module) -> Iterator[tuple[Tensor, Tensor, Share, int]]:
     for _, parameter, share in owned(model):
         if not share.replicas:
             ways = share.ways * shards(parameter)
-            yield local(parameter.detach()), local(parameter.grad), share, model.ranks // ways
+            yield local(parameter).detach(), local(parameter.grad), share, model.ranks // ways
 
 
 def shards(parameter: Tensor) -> int:
@@ -239,6 +239,7 @@ def shards(parameter: Tensor) -> int:
     )
 
 
+@torch.no_grad()
 def finish_gradients(model: nn.Module) -> None:
     """After backward: reduce replicas', then sum partial ones, those of an axis in one all-reduce in fp32."""
     for replicas in model.replicas:
