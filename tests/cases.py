@@ -133,5 +133,6 @@ def config_of(case: Case, sizes: dict, batch_size: int, seq_len: int, precision:
         "batch_size": batch_size,
         "precision": precision,
         "recompute": "block" if case.recompute else "none",
+        "compile": False,
         "zero_stage": case.zero_stage,
     }
