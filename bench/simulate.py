@@ -28,19 +28,24 @@ BLOCK = re.compile(r"blocks\.(-?\d+)")
 SIZES = ("calls", "payload_bytes", "sent_bytes")
 
 
-def simulate(config: dict, progress: Callable[[str], None]) -> Observed:
-    """One rank's step, in its steady state. Raises whatever the model raises on fake tensors."""
+def simulate(config: dict, progress: Callable[[str], None]) -> tuple[Observed, bool]:
+    """One rank's step, in its steady state, and whether it was foretold. Raises what the model raises on fake tensors.
+
+    A sweep adds "foretold" where the third depth came out as the other two foretell when nothing but the lengths was
+    different: then it need not be run again.
+    """
     n_layers = config["model"]["n_layers"]
+
+    def of_depth(depth: int) -> Observed:
+        progress(f"{depth} of {n_layers} layers")
+        return step_of(config, depth)
+
     if config["workload"] == "step" and not config["full_depth"] and n_layers > DEPTHS[-1]:
-        steps = []
-        for depth in DEPTHS:
-            progress(f"{depth} of {n_layers} layers")
-            steps.append(step_of(config, depth))
-        *base, check = steps
-        if foretold(extrapolated(*base, DEPTHS[-1]), check):
-            return extrapolated(*base, n_layers)
-    progress(f"{n_layers} layers")
-    return step_of(config, n_layers)
+        *base, third = DEPTHS
+        steps = [of_depth(depth) for depth in base]
+        if config.get("foretold") or foretold(extrapolated(*steps, third), of_depth(third)):
+            return extrapolated(*steps, n_layers), True
+    return of_depth(n_layers), False
 
 
 class AlikeOnce(Rotate):

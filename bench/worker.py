@@ -153,8 +153,9 @@ def run_steps(config: dict, pipe) -> dict:
 
 def run_simulated(config: dict, pipe) -> dict:
     """Shapes alone."""
-    observed = simulate(config, lambda text: pipe.send(("progress", text)))
+    observed, foretold = simulate(config, lambda text: pipe.send(("progress", text)))
     return {
+        "foretold": foretold,
         "losses": [],
         "steps": [],
         "ideal": [],

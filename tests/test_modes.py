@@ -30,7 +30,8 @@ def emulated(case: Case) -> Observed:
 
 
 def simulated(case: Case) -> Observed:
-    return simulate(config_of(case, sizes(case), BATCH, SEQ_LEN), lambda text: None)
+    observed, _ = simulate(config_of(case, sizes(case), BATCH, SEQ_LEN), lambda text: None)
+    return observed
 
 
 def in_turn(process: int, case: Case, ranks: list[int]) -> dict[int, Observed]:

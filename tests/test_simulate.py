@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench import app, simulate
 from bench.fit import granule, longest
+from bench.launch import Outcome
 from bench.observe import Observed
 from tests.cases import LAYOUTS, Case, config_of
 from tests.jobs import job
@@ -37,7 +38,7 @@ def short_or_full(process: int, case: Case, sizes: dict, seq_len: int, rank: int
     """One process leaves out what is alike, and another leaves out nothing."""
     with standing_for(rank, case.world_size):
         config = config_of(case, sizes, 2, seq_len, "bf16_mixed", full_depth=process == 1)
-        return simulate.simulate(config, lambda text: None)
+        return simulate.simulate(config, lambda text: None)[0]
 
 
 def check_equal(case: Case, short: Observed, full: Observed) -> None:
@@ -84,8 +85,31 @@ def test_an_unforetold_depth_is_run(monkeypatch):
         return observed
 
     monkeypatch.setattr(simulate, "step_of", other_at_the_third)
-    simulate.simulate(config_of(Case("single"), MODEL, 2, 64), lambda text: None)
+    config = config_of(Case("single"), MODEL, 2, 64)
+    assert not simulate.simulate(config, lambda text: None)[1]
     assert ran == [*simulate.DEPTHS, MODEL["n_layers"]]
+
+
+def test_a_sweep_runs_the_third_depth_once_for_lengths_that_differ(monkeypatch):
+    """Not again for another length or batch, but for whatever else is different, and as long as it is not foretold."""
+    asked = []
+
+    def ends(config: dict, what: str) -> Outcome:
+        asked.append(config["foretold"])
+        return Outcome("ok", "", [{"foretold": config["zero_stage"] == 3}])
+
+    monkeypatch.setattr(app, "in_silence", ends)
+    families = app.Families()
+    for change in (
+        {},
+        {"seq_len": 128},
+        {"batch_size": 4},
+        {"recompute": "block"},
+        {"zero_stage": 2},
+        {"zero_stage": 2},
+    ):
+        families({**config_of(Case("zero", dp=4), MODEL, 2, 64), **change}, "")
+    assert asked == [False, True, True, False, False, False]
 
 
 @pytest.mark.parametrize("curve", [lambda s: 100 + 7 * s, lambda s: s * s, lambda s: max(5000, 3 * s), lambda s: 10**9])
