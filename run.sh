@@ -2,7 +2,7 @@
 # ./run.sh        set up, run the sweep `quickstart`, write its report: runs/quickstart/report/index.html
 # ./run.sh test   set up, run the tests
 # ./run.sh peers  set up, install the libraries that ours are raced against, race them, write the report: runs/peers/report/
-# ./run.sh gpu    with the Python and torch that are already here: the CUDA tests and one timing sweep
+# ./run.sh gpu    with the Python and torch that are already here: the CUDA tests and the sweeps that time one GPU
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -52,8 +52,12 @@ case "${1:-quickstart}" in
         python -m pytest "${@:2}"
         ;;
     gpu)
-        python3 -m pytest -q -m cuda tests
-        python3 -m bench -m sweep=gpu rerun=all
+        failed=0
+        python3 -m pytest -q -m cuda tests || failed=1
+        for sweep in gpu gpu_attention gpu_block; do
+            python3 -m bench -m sweep=$sweep rerun=all || failed=1
+        done
+        exit $failed
         ;;
     *)
         echo "run.sh knows: (nothing), test, peers, gpu; not '$1'" >&2

@@ -95,7 +95,7 @@ def on_ranks(world_size: int, function, *args, grouped: bool = True) -> list:
 
 
 @contextlib.contextmanager
-def standing_for(rank: int, world_size: int):
+def standing_for(rank: int, world_size: int, device: str = "cpu"):
     """This process, which is in no group, is one rank of a made-up one meanwhile."""
     from torch import distributed
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
@@ -103,7 +103,7 @@ def standing_for(rank: int, world_size: int):
     from bench.emulated import stand_for
     from strategies.ops import mesh
 
-    stand_for(rank, world_size, "cpu")
+    stand_for(rank, world_size, device)
     yield
     distributed.destroy_process_group()
     mesh.axis_of.cache_clear()

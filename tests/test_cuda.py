@@ -1,15 +1,21 @@
 """What only a GPU can show: its kernels against fp64, and a training step like the CPU's. Run by ./run.sh gpu."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from bench import app
+from bench.build import build
+from bench.check import resolve
 from strategies.ops.kernels import Math, pick_kernel
 from strategies.ops.ring_attention import merge
 from tests.jobs import job
+from tests.ranks import standing_for
 from tests.reference import distance
 
 pytestmark = pytest.mark.cuda
+WIDE = ["model.n_heads=2", "model.n_kv_heads=2"]  # head_dim 64, as the flash kernels want it
 
 
 @pytest.mark.parametrize("name", ["sdpa", "flash_attn"])
@@ -47,9 +53,8 @@ def test_blocks_merge_on_the_gpu():
 
 def test_a_run_on_the_gpu_is_a_row(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    wide = ["model.n_heads=2", "model.n_kv_heads=2"]  # head_dim 64, as the flash kernels want it
     rows = {
-        device: app.run_one(job("strategy=single", "world_size=1", f"device={device}", "precision=bf16", *wide))
+        device: app.run_one(job("strategy=single", "world_size=1", f"device={device}", "precision=bf16", *WIDE))
         for device in ("cuda", "cpu")
     }
     assert [row["status"] for row in rows.values()] == ["ok", "ok"], rows
@@ -57,3 +62,27 @@ def test_a_run_on_the_gpu_is_a_row(tmp_path, monkeypatch):
     assert rows["cuda"]["peak_reserved_bytes"] >= rows["cuda"]["peak_bytes"] > 0
     assert rows["cuda"]["flops_per_rank"] == rows["cpu"]["flops_per_rank"]
     assert rows["cuda"]["loss_last"] < rows["cuda"]["loss_first"]
+
+
+@pytest.mark.parametrize(("strategy", "ranks"), [("single", 1), ("tp_sp", 2), ("ulysses", 2), ("ring", 2)])
+def test_a_step_never_waits_for_the_host(strategy, ranks):
+    mesh = [f"strategy={strategy}", f"world_size={ranks}", "mode=emulate"]
+    config = resolve(job(*mesh, "device=cuda", "precision=bf16_mixed", *WIDE).config)
+    with standing_for(0, ranks, "cuda") if ranks > 1 else nullcontext():
+        training, batch_of = build(config)
+        batch = batch_of(0)
+        try:
+            for then in ("default", "default", "error"):  # in steady state
+                torch.cuda.set_sync_debug_mode(then)
+                training.backward(training.forward(batch))
+                training.update()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_compiled_on_the_gpu_is_the_same_step(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one = ["strategy=single", "world_size=1", "device=cuda", "precision=bf16", *WIDE]
+    rows = [app.run_one(job(*one, f"compile={compiled}")) for compiled in ("true", "false")]
+    assert [row["status"] for row in rows] == ["ok", "ok"], rows
+    assert rows[0]["losses"] == pytest.approx(rows[1]["losses"], rel=2e-2)
