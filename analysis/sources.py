@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 SECTIONS = {  # title -> the methods and functions that it shows, in this order
     "split": ("split",),
     "shard": ("shard", "shard_mlp"),
-    "attention": ("attention", "core_attention", "head_chunks", "to_heads", "to_tokens"),
+    "attention": ("attention", "core_attention", "to_heads", "to_tokens"),
     "mlp": ("mlp",),
     "embedding, head": ("embed", "loss"),
     "what must divide by what": ("degrees", "rules"),

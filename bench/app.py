@@ -1,6 +1,5 @@
 """One configuration to one row, and the table at the end."""
 
-import json
 import os
 import sys
 import time
@@ -56,7 +55,7 @@ class Families:
         self.foretold: set[str] = set()
 
     def __call__(self, config: dict, what: str) -> Outcome:
-        family = json.dumps({**config, **dict.fromkeys(("seq_len", "batch_size", "notes", "traces"))}, sort_keys=True)
+        family = records.run_id({**config, **dict.fromkeys(("seq_len", "batch_size", "traces"))})
         outcome = in_silence({**config, "foretold": family in self.foretold}, what)
         if outcome.status == "ok" and all(rank["foretold"] for rank in outcome.ranks):
             self.foretold.add(family)

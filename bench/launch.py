@@ -40,7 +40,7 @@ def rank_main(rank: int, config: dict, folder: str, pipe) -> None:
 
 def start_server() -> None:
     """Start the server that ranks are forked from, if it is not up; it imports torch while the parent goes on."""
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a rank's pool of compilers would outlive the rank
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # not a pool of processes for every rank
     mp.set_forkserver_preload(["bench.worker"])
     forkserver.ensure_running()
 

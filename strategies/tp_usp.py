@@ -19,7 +19,7 @@ from strategies.base import Rule, Shape, head_chunks_rule, heads_rule, sequence_
 from strategies.ops.layouts import ring_split
 from strategies.ops.ring_attention import ring_attention
 from strategies.tp_sp import TPSP
-from strategies.ulysses import SEQUENCE, head_chunks, to_heads, to_tokens
+from strategies.ulysses import SEQUENCE, to_heads, to_tokens
 
 
 class TPUSP(TPSP):
@@ -49,6 +49,6 @@ class TPUSP(TPSP):
         return around.chunk(self.ulysses.size, SEQUENCE)[self.ulysses.rank]
 
     def core_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        arriving = [to_heads(*chunk, self.ulysses, self.options) for chunk in head_chunks(q, k, v, self.options)]
+        arriving = to_heads(q, k, v, self.ulysses, self.options)
         outs = (ring_attention(*chunk(), self.ring, self.options) for chunk in arriving)  # [B, S_ring, H_tp_ulysses, K]
         return to_tokens(outs, self.ulysses)  # -> [B, S_sp, H_tp, K]

@@ -11,7 +11,7 @@ needs           n_heads % N == 0; N and n_kv_heads: one divides the other (rho =
                 seq_len % N == 0
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ class Ulysses(Strategy):
         return attn.output(out)
 
     def core_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        arriving = [to_heads(*chunk, self.ulysses, self.options) for chunk in head_chunks(q, k, v, self.options)]
+        arriving = to_heads(q, k, v, self.ulysses, self.options)
         outs = (attend(*chunk(), self.options.kernel) for chunk in arriving)  # of [B, S, H_sp, K], [B, S, G_sp, K]
         return to_tokens(outs, self.ulysses)  # -> [B, S_sp, H, K]
 
@@ -56,27 +56,29 @@ class Ulysses(Strategy):
         return mlp(x)
 
 
-def head_chunks(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Iterator[tuple[Tensor, ...]]:
-    """Pieces of the heads: all are sent at once, and while one is computed the next is still on its way."""
-    return zip(*(t.chunk(options.ulysses_chunks, HEADS) for t in (q, k, v)), strict=True)
+def to_heads(
+    q: Tensor, k: Tensor, v: Tensor, ulysses: Axis, options: Options
+) -> list[Callable[[], tuple[Tensor, ...]]]:
+    """All heads of some tokens -> some heads of all tokens, on their way: call an item to wait for its q, k and v.
 
-
-def to_heads(q: Tensor, k: Tensor, v: Tensor, ulysses: Axis, options: Options) -> Callable[[], tuple[Tensor, ...]]:
-    """All heads of some tokens -> some heads of all tokens, in three exchanges or, packed, in one: call it to wait.
-
+    There is one for each of options.ulysses_chunks pieces of the heads, sent in three exchanges or, packed, in one.
     Every rank needs a kv head: where there are fewer, they are copied first, and only then.
     """
     copies = ulysses.size // k.shape[HEADS]
     if copies > 1:
         k, v = k.repeat_interleave(copies, HEADS), v.repeat_interleave(copies, HEADS)
-    if options.ulysses_packed and ulysses.size > 1:
-        by_rank = [t.unflatten(HEADS, (ulysses.size, -1)) for t in (q, k, v)]  # [B, S_sp, N, heads of that rank, K]
-        together = start_all_to_all(torch.cat(by_rank, dim=3).flatten(2, 3), HEADS, SEQUENCE, ulysses)
-        return lambda: together.wait().split([t.shape[3] for t in by_rank], HEADS)
-    arriving_q = start_all_to_all(q, HEADS, SEQUENCE, ulysses)
-    arriving_k = start_all_to_all(k, HEADS, SEQUENCE, ulysses)
-    arriving_v = start_all_to_all(v, HEADS, SEQUENCE, ulysses)
-    return lambda: (arriving_q.wait(), arriving_k.wait(), arriving_v.wait())
+
+    def send(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+        if options.ulysses_packed and ulysses.size > 1:
+            by_rank = [t.unflatten(HEADS, (ulysses.size, -1)) for t in (q, k, v)]  # [B, S_sp, N, heads of that rank, K]
+            together = start_all_to_all(torch.cat(by_rank, dim=3).flatten(2, 3), HEADS, SEQUENCE, ulysses)
+            return lambda: together.wait().split([t.shape[3] for t in by_rank], HEADS)
+        arriving_q = start_all_to_all(q, HEADS, SEQUENCE, ulysses)
+        arriving_k = start_all_to_all(k, HEADS, SEQUENCE, ulysses)
+        arriving_v = start_all_to_all(v, HEADS, SEQUENCE, ulysses)
+        return lambda: (arriving_q.wait(), arriving_k.wait(), arriving_v.wait())
+
+    return [send(*chunk) for chunk in zip(*(t.chunk(options.ulysses_chunks, HEADS) for t in (q, k, v)), strict=True)]
 
 
 def to_tokens(outs: Iterable[Tensor], ulysses: Axis) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from strategies.base import Rule, Shape, head_chunks_rule, heads_rule, sequence_rule
 from strategies.ops.layouts import ring_split
 from strategies.ops.ring_attention import ring_attention
-from strategies.ulysses import SEQUENCE, Ulysses, head_chunks, to_heads, to_tokens
+from strategies.ulysses import SEQUENCE, Ulysses, to_heads, to_tokens
 
 
 class USP(Ulysses):
@@ -42,6 +42,6 @@ class USP(Ulysses):
         return around.chunk(self.ulysses.size, SEQUENCE)[self.ulysses.rank]
 
     def core_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        arriving = [to_heads(*chunk, self.ulysses, self.options) for chunk in head_chunks(q, k, v, self.options)]
+        arriving = to_heads(q, k, v, self.ulysses, self.options)
         outs = (ring_attention(*chunk(), self.ring, self.options) for chunk in arriving)  # of [B, S_ring, H_ulysses, K]
         return to_tokens(outs, self.ulysses)  # -> [B, S_sp, H, K]

@@ -4,7 +4,7 @@ import pytest
 import torch.nn.functional as F
 
 import strategies
-from strategies.ops.collectives import all_gather, all_to_all, reduce_scatter
+from strategies.ops.collectives import all_gather, reduce_scatter, start_all_to_all
 from strategies.ops.linear import SEQUENCE
 from strategies.tp_sp import TPSP
 from strategies.ulysses import HEADS, Ulysses
@@ -28,9 +28,9 @@ class WrongAxis(USP):
 
     def attention(self, attn, x, rope):
         q, k, v = attn.heads(attn.project(x), rope)
-        q, k, v = (all_to_all(t, HEADS, SEQUENCE, self.ulysses) for t in (q, k, v))
+        q, k, v = (start_all_to_all(t, HEADS, SEQUENCE, self.ulysses).wait() for t in (q, k, v))
         out = strategies.usp.ring_attention(q, k, v, self.ring, self.options)
-        return attn.output(all_to_all(out, SEQUENCE, HEADS, self.ring))
+        return attn.output(start_all_to_all(out, SEQUENCE, HEADS, self.ring).wait())
 
 
 class ForgottenNorms(TPSP):

@@ -5,7 +5,7 @@
     all_reduce       sum over ranks                                copy
     all_gather       shard along `dim` -> whole                    reduce_scatter
     reduce_scatter   partial sums -> shard of the sum along `dim`  all_gather
-    all_to_all       whole along `split`, shard along `concat`,    all_to_all, the other way
+    start_all_to_all whole along `split`, shard along `concat`,    start_all_to_all, the other way
                      -> shard along `split`, whole along `concat`
     shift            to the next rank of the ring (no autograd: ring attention writes its own backward)
 
@@ -237,14 +237,12 @@ def reduce_scatter(x: Tensor, dim: int, axis: Axis) -> Tensor:
 
 
 def start_all_to_all(x: Tensor, split: int, concat: int, axis: Axis) -> Pending:
-    """all_to_all, as a Pending. Its backward is in flight as long as autograd has other things to do meanwhile."""
+    """Shard along `concat` and whole along `split` -> Pending of whole along `concat` and shard along `split`.
+
+    Its backward is in flight as long as autograd has other things to do meanwhile.
+    """
     if axis.size == 1:
         return Pending([], (x,), lambda x: x)
     flight = Flight(axis)
     arriving = Leave.apply(x, split, flight)
     return Pending([], (arriving,), lambda arrived: Land.apply(arrived, concat, flight))
-
-
-def all_to_all(x: Tensor, split: int, concat: int, axis: Axis) -> Tensor:
-    """Shard along `concat` and whole along `split` -> whole along `concat` and shard along `split`."""
-    return start_all_to_all(x, split, concat, axis).wait()
