@@ -1,4 +1,4 @@
-"""python -m analysis table | report | sources | compare ...   (--help after each says more)"""
+"""python -m analysis table | report | sources | compare | columns ...   (--help after each says more)"""
 
 import argparse
 import sys
@@ -7,16 +7,17 @@ from pathlib import Path
 from analysis import UserError
 
 SOURCES_FROM = (Path("runs/quickstart"), Path("runs/reference/quickstart"))
+FORMATS = ("text", "markdown", "latex", "csv")
 
 
 def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(
         prog="python -m analysis", description="What it costs, by the book and by the meter."
     )
-    commands = main.add_subparsers(dest="command", required=True, metavar="table|report|sources|compare")
+    commands = main.add_subparsers(dest="command", required=True, metavar="table|report|sources|compare|columns")
 
     table = commands.add_parser("table", help="the analytic cost table: formulas, or values of one configuration")
-    table.add_argument("--format", choices=("text", "markdown", "latex", "csv"), default="text")
+    table.add_argument("--format", choices=FORMATS, default="text")
     table.add_argument(
         "overrides",
         nargs="*",
@@ -35,37 +36,44 @@ def parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", help="two sweeps of the same configurations: faster, slower, bigger")
     compare.add_argument("a", type=Path, metavar="runs/A")
     compare.add_argument("b", type=Path, metavar="runs/B")
+
+    columns = commands.add_parser("columns", help="every column of results.csv: its unit and its meaning")
+    columns.add_argument("--format", choices=FORMATS, default="text")
     return main
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The exit code: 1 if something could not be read or a count differs from its formula."""
-    if arguments.command == "table":
-        from analysis.table import printed
-
-        print(printed(arguments.format, arguments.overrides))
-        return 0
-    if arguments.command == "sources":
-        from analysis.reading import load
-        from analysis.sources import write
-
-        measured = arguments.run or next((run for run in SOURCES_FROM if run.is_dir()), None)
-        out = arguments.out or (measured / "report" if measured else Path("runs")) / "sources.html"
-        print(write(arguments.strategies, measured and load(measured), out))
-        return 0
-    if arguments.command == "compare":
-        from analysis.compare import printed
-
-        text, problems = printed(arguments.a, arguments.b)
-        print(text)
-    else:
-        from analysis.report import write
-
-        problems = write(arguments.folder)
-        print(arguments.folder / "report" / "index.html")
+    """The exit code: 1 if something could not be read, or does not agree with what it is held against."""
+    text, problems = answer(arguments)
+    print(text)
     for problem in problems:
         print(f"analysis: {problem}", file=sys.stderr)
     return 1 if problems else 0
+
+
+def answer(arguments: argparse.Namespace) -> tuple[object, list[str]]:
+    """What a command prints, and the problems that it found."""
+    if arguments.command == "table":
+        from analysis import table
+
+        return table.printed(arguments.format, arguments.overrides)
+    if arguments.command == "columns":
+        from analysis import columns
+
+        return columns.printed(arguments.format), []
+    if arguments.command == "compare":
+        from analysis import compare
+
+        return compare.printed(arguments.a, arguments.b)
+    if arguments.command == "report":
+        from analysis import report
+
+        return arguments.folder / "report" / "index.html", report.write(arguments.folder)
+    from analysis import reading, sources
+
+    measured = arguments.run or next((run for run in SOURCES_FROM if run.is_dir()), None)
+    out = arguments.out or (measured / "report" if measured else Path("runs")) / "sources.html"
+    return sources.write(arguments.strategies, reading.load(measured) if measured else None, out), []
 
 
 if __name__ == "__main__":

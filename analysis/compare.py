@@ -9,8 +9,10 @@ import pandas as pd
 
 from analysis import UserError
 from analysis.reading import Sweep, load
+from conf.keys import keys
+from conf.labels import text
 
-KEYS = ("strategy", "model", "world_size", "dp", "tp", "ulysses", "ring", "seq_len", "batch_size", "label")
+MAY_DIFFER = ("steps", "warmup", "timeout_s")  # how long it was measured, not what
 SIZES = {"peak_bytes": "memory", "comm_bytes": "bytes sent"}
 
 
@@ -44,12 +46,13 @@ def compared(a: Sweep, b: Sweep) -> pd.DataFrame:
 
 
 def matched(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
-    """Rows of the same configuration: the same run_id, or, between versions of the tool, the same columns."""
+    """Rows of the same configuration: the same run_id, or, between versions of the tool, the same in every key."""
     by_id = a.merge(b, on="run_id", suffixes=("_a", "_b"))
     if not by_id.empty:
         return by_id
-    keys = [key for key in KEYS if key in a and key in b]
-    a, b = (rows.assign(key=rows[keys].astype(str).agg(tuple, axis=1)) for rows in (a, b))
+    asked = [key for key in keys().values() if key.declared.metadata["identity"] and key.path not in MAY_DIFFER]
+    columns = [key.column for key in asked if a[key.column].notna().any() and b[key.column].notna().any()]
+    a, b = (rows.assign(key=[tuple(map(text, row)) for row in rows[columns].to_numpy(object)]) for rows in (a, b))
     return a.merge(b, on="key", suffixes=("_a", "_b"))
 
 

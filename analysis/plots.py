@@ -1,6 +1,6 @@
 """The pictures of a report. Each function draws one from a sweep, or raises Unavailable and says why not.
 
-Every axis has a unit, every strategy its colour and marker (analysis/colours.py), and a title says what to look for.
+Every axis has a unit, every strategy its colour and marker (analysis/looks.py), and a title says what to look for.
 """
 
 import textwrap
@@ -16,10 +16,27 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from analysis.colours import KINDS, PARTS, colour, marker
-from analysis.reading import AXES, VARIANTS, Sweep
+from analysis.looks import colour, marker
+from analysis.reading import Sweep
+from conf.columns import MIB
+from conf.keys import keys
+from conf.labels import text
 
-MIB = 2**20
+KINDS = {  # collectives
+    "all_gather": "#0072b2",
+    "reduce_scatter": "#56b4e9",
+    "all_reduce": "#e69f00",
+    "all_to_all": "#009e73",
+    "p2p": "#cc79a7",
+}
+PARTS = {  # of memory
+    "param": "#0072b2",
+    "grad": "#56b4e9",
+    "optimizer": "#009e73",
+    "activation": "#e69f00",
+    "other": "#bbbbbb",
+}
+LEARNT = ("model", "data", "optim", "seq_len", "batch_size", "precision", "seed", "steps", "warmup")
 plt.rcParams.update(
     {
         "font.size": 9,
@@ -39,7 +56,7 @@ class Unavailable(Exception):
     """Why the sweep's data does not allow a picture, in one sentence."""
 
 
-def tokens(n: float, _=None) -> str:
+def tokens(n: float, _: object = None) -> str:
     """512, 64K, 1M"""
     for size, unit in ((2**20, "M"), (2**10, "K")):
         if n >= size and n % size == 0:
@@ -56,15 +73,12 @@ def style(label: str, strategy: str, lines: dict[str, int]) -> dict:
 
 def loss_curves(sweep: Sweep) -> Figure:
     """All losses over each other: they must coincide. Below, how far each is from the first."""
-    curves: dict[tuple, list] = {}
-    for _, row in sweep.ok.iterrows():
-        if isinstance(row.get("losses"), list) and row.losses:
-            key = row.model, row.seq_len, row.batch_size, len(row.losses), row.precision
-            curves.setdefault(key, []).append(row)
-    if not curves:
+    trained = sweep.ok[sweep.ok.losses.map(lambda losses: isinstance(losses, list) and len(losses) > 0).astype(bool)]
+    if trained.empty:
         raise Unavailable("Loss curves: no record holds the losses of its steps.")
-    key = max(curves, key=lambda key: (len({row.label for row in curves[key]}), key[1]))
-    rows = curves[key]
+    columns = [key.column for key in keys().values() if key.path.partition(".")[0] in LEARNT]
+    alike = max(grouped(trained, columns), key=lambda rows: (rows.label.nunique(), rows.seq_len.iloc[0]))
+    rows = [row for _, row in alike.iterrows()]
     figure, (top, bottom) = plt.subplots(
         2, 1, figsize=(7.5, 5), sharex=True, height_ratios=(2, 1), layout="constrained"
     )
@@ -83,7 +97,8 @@ def loss_curves(sweep: Sweep) -> Figure:
         bottom.plot(steps, np.maximum(far, 1e-9), **{**how, "label": None}, linewidth=1)
     top.set_ylabel("loss (nats a token)")
     several = f", {len(rows)} configurations" if len(rows) > MOST_BARS else ""
-    top.set_title(f"One model, one loss at seq_len={key[1]}{several}: the largest distance is {worst:.1e}", loc="left")
+    at = f"seq_len={int(rows[0].seq_len)}{several}"
+    top.set_title(f"One model, one loss at {at}: the largest distance is {worst:.1e}", loc="left")
     if len(rows) <= MOST_BARS:
         top.legend(ncols=2, fontsize=7)
     bottom.set_yscale("log")
@@ -93,14 +108,16 @@ def loss_curves(sweep: Sweep) -> Figure:
     return figure
 
 
-def group_but(rows: pd.DataFrame, column: str, *also: str) -> list[tuple[str, pd.DataFrame]]:
-    """Rows that differ in `column` alone (and in what else is named), each under a label, sorted by it."""
-    fixed = [c for c in ("strategy", *AXES, "world_size", *VARIANTS) if c != column and c not in also]
-    keys = [tuple(map(str, values)) for values in rows[fixed].to_numpy()]
-    return [
-        (part.label.iloc[0], part.sort_values(column))
-        for _, part in rows.groupby(pd.Series(keys, rows.index), sort=False)
-    ]
+def grouped(rows: pd.DataFrame, columns: list[str]) -> list[pd.DataFrame]:
+    """The rows that have the same in all of these columns together."""
+    values = [tuple(map(text, row)) for row in rows[columns].astype(object).to_numpy()]
+    return [part for _, part in rows.groupby(pd.Series(values, rows.index), sort=False)]
+
+
+def group_but(rows: pd.DataFrame, column: str) -> list[tuple[str, pd.DataFrame]]:
+    """Rows of configurations that differ in `column` alone, each under a label, sorted by it."""
+    fixed = [key.column for key in keys().values() if key.declared.metadata["identity"] and key.column != column]
+    return [(part.label.iloc[0], part.sort_values(column)) for part in grouped(rows, fixed)]
 
 
 def time_and_throughput(sweep: Sweep) -> Figure:
@@ -155,7 +172,7 @@ def bars(rows: pd.DataFrame, value: str) -> tuple[pd.DataFrame, str]:
 
 def memory_parts(sweep: Sweep) -> Figure:
     """The peak as a stack of its parts."""
-    rows = sweep.ok[sweep.ok.peak_bytes.notna()] if "peak_bytes" in sweep.ok else sweep.ok.head(0)
+    rows = sweep.ok[sweep.ok.peak_bytes.notna()]
     if rows.empty:
         raise Unavailable("Memory: no row has a peak.")
     rows, left_out = bars(longest(rows), "peak_bytes")
@@ -166,7 +183,7 @@ def memory_parts(sweep: Sweep) -> Figure:
         sizes = rows[f"{part}_bytes"].to_numpy(dtype=float) / unit
         ax.barh(rows.label, sizes, left=left, color=shade, label={"param": "params", "grad": "grads"}.get(part, part))
         left += sizes
-    if "capacity_bytes" in rows and rows.capacity_bytes.notna().any():
+    if rows.capacity_bytes.notna().any():
         capacity = rows.capacity_bytes.max() / unit
         ax.axvline(capacity, color="#b00000", linestyle="--", label=f"capacity {capacity:.0f} {name}")
     ax.invert_yaxis()
@@ -188,7 +205,7 @@ def bytes_sent(sweep: Sweep) -> Figure:
     unit, name = (1e9, "GB") if rows.comm_bytes.max() > 2e9 else (MIB, "MiB")
     left = np.zeros(len(rows))
     for kind, shade in KINDS.items():
-        sizes = np.array([sum(e["sent_bytes"] for e in sweep.comm[r] if e["kind"] == kind) for r in rows.run_id]) / unit
+        sizes = np.array([sent_by(sweep, run_id, kind) for run_id in rows.run_id]) / unit
         if sizes.any():
             ax.barh(rows.label, sizes, left=left, color=shade, label=kind)
         left += sizes
@@ -209,6 +226,10 @@ def bytes_sent(sweep: Sweep) -> Figure:
     )
     ax.legend(ncols=6, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.9 / (1.3 + 0.3 * len(rows))))
     return figure
+
+
+def sent_by(sweep: Sweep, run_id: str, kind: str) -> int:
+    return sum(line["sent_bytes"] for line in sweep.comm.get(run_id, []) if line["kind"] == kind)
 
 
 def ulysses_by_ring(sweep: Sweep) -> Figure:
@@ -295,7 +316,7 @@ def weak_scaling(sweep: Sweep) -> Figure:
 def exposed(sweep: Sweep) -> Figure:
     """Step time as computation and communication that nothing hides."""
     rows = sweep.ok
-    if "exposed_comm_ms" not in rows or rows.exposed_comm_ms.isna().all():
+    if rows.exposed_comm_ms.isna().all():
         raise Unavailable("Compute and exposed communication: no row has exposed_comm_ms.")
     rows, left_out = bars(longest(rows[rows.exposed_comm_ms.notna()]), "step_ms_median")
     figure, ax = plt.subplots(figsize=(8, 1.3 + 0.3 * len(rows)), layout="constrained")
@@ -311,8 +332,7 @@ def exposed(sweep: Sweep) -> Figure:
 
 def pareto(sweep: Sweep) -> Figure:
     """Time against memory; the configurations that nothing beats in both are named."""
-    rows = sweep.ok[sweep.ok.step_ms_median.notna()]
-    rows = rows[rows.peak_bytes.notna()] if "peak_bytes" in rows else rows.head(0)
+    rows = sweep.ok[sweep.ok.step_ms_median.notna() & sweep.ok.peak_bytes.notna()]
     if rows.empty:
         raise Unavailable("Time against memory: no row has both.")
     rows = longest(rows)

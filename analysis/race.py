@@ -4,48 +4,51 @@ A peer's row is paired with the row of ours that differs from it in nothing but 
 """
 
 import statistics
+from collections.abc import Sequence
 
-from analysis.reading import Sweep, mesh
+import pandas as pd
 
-ANSWERS = {  # peer -> the strategies of ours that do the same, whichever has the mesh
-    "ddp": ("zero",),
-    "fsdp2": ("zero",),
-    "torch_tp": ("tp_sp",),
-    "deepspeed_ulysses": ("ulysses",),
-    "torch_cp": ("ring",),
-    "yunchang": ("usp", "ulysses", "ring"),
-}
-# What may differ within a pair.
-APART = ("strategy", "attention", "notes", "name", "rerun", "rounds", "timeout_s", "profile")
+from analysis.reading import Sweep
+from conf.keys import Config, Key, keys
+from conf.labels import swept, variant, where
+from conf.meshes import PEERS
+
+ANSWERS = {name: (peer.ours, *peer.also) for name, peer in PEERS.items()}  # whichever of ours has the mesh
+MAY_DIFFER = ("strategy.name", "attention.kernel", "timeout_s")  # within a pair, beside where a row is kept
+SAID = ("precision", "model.n_heads", "model.n_kv_heads")  # of every setting
 
 
 def race(sweep: Sweep) -> list[dict]:
     """A line for each pair: what ran, times, the busiest ranks' CPU times, and theirs / ours over the rounds."""
     ok = {row.run_id: row for _, row in sweep.ok.iterrows() if sweep.records.get(row.run_id, {}).get("round_ms")}
-    configs = {run_id: sweep.records[run_id]["config"] for run_id in ok}
+    among = [key for key in swept([row.to_dict() for row in ok.values()]) if shared(key) and key.path not in SAID]
     lines = []
-    for run_id, row in ok.items():
+    for run_id, ours in ok.items():
         for other, theirs in ok.items():
-            if row.strategy in ANSWERS.get(theirs.strategy, ()) and alike(configs[run_id], configs[other]):
-                lines.append(line(row, theirs, sweep.records[run_id], sweep.records[other]))
+            answers = ours.strategy in ANSWERS.get(theirs.strategy, ())
+            if answers and alike(sweep.configs[run_id], sweep.configs[other]):
+                lines.append(line(ours, theirs, among))
     return sorted(lines, key=lambda line: (line["theirs"], line["ours"], line["setting"]))
 
 
-def alike(ours: dict, theirs: dict) -> bool:
+def alike(ours: Config, theirs: Config) -> bool:
     """Do the two differ in nothing but the strategy?"""
-    return {**theirs, **dict.fromkeys(APART)} == {**ours, **dict.fromkeys(APART)}
+    return all(key.of(ours) == key.of(theirs) for key in keys().values() if shared(key))
 
 
-def line(ours, theirs, our_record: dict, their_record: dict) -> dict:
-    pairs = zip(their_record["round_ms"], our_record["round_ms"], strict=False)
-    ratios = [their_ms / our_ms for their_ms, our_ms in pairs]
-    model = our_record["config"]["model"]
-    layout = f" {ours.ring_layout}" if (ours.ring or 1) > 1 else ""
-    heads = f"heads {model['n_heads']}/{model['n_kv_heads']}"
+def shared(key: Key) -> bool:
+    return key.declared.metadata["identity"] and key.path not in MAY_DIFFER
+
+
+def line(ours: pd.Series, theirs: pd.Series, among: Sequence[Key]) -> dict:
+    """ours, theirs: rows of the sweep. among: the keys in which pairs differ from each other."""
+    ratios = [their_ms / our_ms for their_ms, our_ms in zip(theirs.round_ms, ours.round_ms, strict=False)]
+    heads = f"heads {ours.n_heads:g}/{ours.n_kv_heads:g}"
+    said = (where(ours), f"seq_len={int(ours.seq_len):,}", heads, ours.precision, variant(ours, among))
     return {
         "ours": ours.strategy,
         "theirs": theirs.strategy,
-        "setting": f"{mesh(ours)}{layout}, seq_len={int(ours.seq_len):,}, {heads}, {ours.precision}",
+        "setting": ", ".join(part for part in said if part),
         "our_ms": ours.step_ms_median,
         "their_ms": theirs.step_ms_median,
         "our_cpu_ms": ours.cpu_ms_max,
@@ -54,7 +57,7 @@ def line(ours, theirs, our_record: dict, their_record: dict) -> dict:
         "least": min(ratios),
         "most": max(ratios),
         "pairs": len(ratios),
-        "said": theirs.reason or "",
+        "said": theirs.reason,
     }
 
 

@@ -6,35 +6,28 @@ command exits with 1.
 
 import base64
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from markupsafe import Markup
 
 from analysis import UserError, sources, symbols
-from analysis.colours import colour
-from analysis.cost_table import BLOCK, SHORT, Letters, predicted, state, total
+from analysis.accounts import account_of, none_of, predicted
+from analysis.accounts.letters import Letters
+from analysis.accounts.sent import SHORT, Sent, total
+from analysis.looks import colour
+from analysis.mismatches import PHASES, mismatches
 from analysis.plots import PLOTS, draw_all, front_of, longest
-from analysis.published import PUBLISHED
 from analysis.race import race, verdict
-from analysis.reading import Sweep, load, mesh
+from analysis.reading import Sweep, load
 from analysis.table import written
 from analysis.templates import TEMPLATES
-
-MIB = 2**20
-
-
-def cell(value, shape: str, column: str = "") -> Markup:
-    """A number's table cell: as it is read, and as it is in results.csv."""
-    if value is None or pd.isna(value):
-        return Markup('<td class="n" data-value="">-</td>')
-    text = f"{value / MIB:,.2f}" if shape == "MiB" else shape.format(value)
-    return Markup('<td class="n" data-column="{}" data-value="{}">{}</td>').format(column, value, text)
-
-
-PHASES = {"forward": ("forward",), "backward": ("recompute", "backward"), "optimizer": ("optimizer",)}
+from conf import meshes
+from conf.columns import MIB, columns
+from conf.keys import Config
+from conf.labels import mesh
 
 
 def write(folder: Path) -> list[str]:
@@ -43,34 +36,29 @@ def write(folder: Path) -> list[str]:
     target = folder / "report"
     (target / "plots").mkdir(parents=True, exist_ok=True)
     audits = audit_all(sweep)
-    strategies = [name for name in dict.fromkeys(sweep.ok.strategy) if name in BLOCK and name != "single"]
-    if sweep.comm and strategies:
+    sweep.problems += mismatches(sweep)
+    sweep.problems += [f"{a.label}, seq_len={a.seq_len}: {fault}" for a in audits for fault in a.faults]
+    ours = [name for name in dict.fromkeys(sweep.ok.strategy) if name in meshes.STRATEGIES and name != "single"]
+    if sweep.comm and ours:
         try:
-            sources.write(strategies, sweep, target / "sources.html")
+            sources.write(ours, sweep, target / "sources.html")
         except UserError as error:
             sweep.problems.append(str(error))
-    sweep.problems += [f"{a.label}, seq_len={a.seq_len}: {fault}" for a in audits for fault in a.faults]
-    figures, left_out = draw_all(sweep)
-    pictures = []
-    for name, figure in figures.items():
-        figure.savefig(target / "plots" / f"{name}.png", dpi=120, metadata={"Software": None})
-        svg = io.BytesIO()
-        figure.savefig(svg, format="svg", metadata={"Date": None})
-        (target / "plots" / f"{name}.svg").write_bytes(svg.getvalue())
-        pictures.append({"name": name, "caption": PLOTS[name][1], "svg": base64.b64encode(svg.getvalue()).decode()})
-        plt.close(figure)
+    sweep.problems = list(dict.fromkeys(sweep.problems))
+    pictures, left_out = draw(sweep, target / "plots")
     with_analytic(sweep, audits).to_csv(target / "results.csv", index=False)
     if races := race(sweep):
         pd.DataFrame(races).to_csv(target / "race.csv", index=False)
     page = TEMPLATES.get_template("report.html").render(
         sweep=sweep,
-        cell=cell,
         facts=facts(sweep),
         answers=answers(sweep),
+        shown=shown(sweep.ok),
         results=results(sweep),
         races=races,
         verdict=verdict(races),
-        comparisons=comparisons(sweep, audits),
+        comparisons=comparisons(audits),
+        without_account=[none_of(name) for name in ours if name not in {a.strategy for a in audits}],
         pictures=pictures,
         left_out=left_out,
         failures=failures(sweep),
@@ -78,6 +66,20 @@ def write(folder: Path) -> list[str]:
     )
     (target / "index.html").write_text(page)
     return sweep.problems
+
+
+def draw(sweep: Sweep, target: Path) -> tuple[list[dict], list[str]]:
+    """Every picture as a file and for the page, and a sentence for each that the data does not allow."""
+    figures, left_out = draw_all(sweep)
+    pictures = []
+    for name, figure in figures.items():
+        figure.savefig(target / f"{name}.png", dpi=120, metadata={"Software": None})
+        svg = io.BytesIO()
+        figure.savefig(svg, format="svg", metadata={"Date": None})
+        (target / f"{name}.svg").write_bytes(svg.getvalue())
+        pictures.append({"name": name, "caption": PLOTS[name][1], "svg": base64.b64encode(svg.getvalue()).decode()})
+        plt.close(figure)
+    return pictures, left_out
 
 
 # Derived against counted.
@@ -98,26 +100,22 @@ class Audit:
 
 
 def audit_all(sweep: Sweep) -> list[Audit]:
-    """Of every configuration that has a formula and a count."""
+    """Of every configuration that has an account and a count."""
     audits = []
     for _, row in sweep.ok.iterrows():
-        config = sweep.records.get(row.run_id, {}).get("config")
-        if not config or not (sweep.comm.get(row.run_id) or row.comm_bytes == 0):
-            continue
-        try:
-            lines = predicted(config)
-        except KeyError as error:
-            sweep.problems.append(
-                f"{sweep.folder / row.run_id / 'record.json'}: its configuration has no {error}, it was written by an "
-                "older version"
-            )
-            continue
-        if lines is not None:
-            audits.append(audit(row, config, lines, sweep.comm[row.run_id]))
+        if row.run_id in sweep.configs and row.run_id in sweep.comm:
+            config = sweep.configs[row.run_id]
+            try:
+                lines = predicted(config)
+            except UserError as error:
+                sweep.problems.append(str(error))
+                continue
+            if lines is not None:
+                audits.append(audit(row, config, lines, sweep.comm[row.run_id]))
     return audits
 
 
-def audit(row, config: dict, lines: list, comm: list[dict]) -> Audit:
+def audit(row: pd.Series, config: Config, lines: list[Sent], comm: list[dict]) -> Audit:
     table, faults = [], []
     for phase, phases in PHASES.items():
         for kind, short in SHORT.items():
@@ -136,17 +134,23 @@ def audit(row, config: dict, lines: list, comm: list[dict]) -> Audit:
                     f"{phase} {kind} was derived as {calls[0]} calls of {sizes[0]:,.0f} bytes in all and counted as "
                     f"{calls[1]} calls of {sizes[1]:,} bytes"
                 )
-    kept = []
-    if config["workload"] == "step":
-        for part, size in state(config["strategy"]["name"], Letters.of(config)).items():
-            measured = row[{"params": "param_bytes", "grads": "grad_bytes", "optimizer": "optimizer_bytes"}[part]]
-            kept.append({"part": part, "derived": round(size), "counted": int(measured), "exact": size == measured})
+    kept = kept_by(row, config) if config.workload == "step" else []
     return Audit(row.run_id, row.label, row.strategy, int(row.seq_len), table, kept, total(lines), faults)
+
+
+def kept_by(row: pd.Series, config: Config) -> list[dict]:
+    """The state of the fullest rank, derived and counted."""
+    account = account_of(row.strategy)
+    counted = {"params": row.param_bytes, "grads": row.grad_bytes, "optimizer": row.optimizer_bytes}
+    return [
+        {"part": part, "derived": round(size), "counted": int(counted[part]), "exact": size == counted[part]}
+        for part, size in (account.state(Letters.of(config)) if account else {}).items()
+    ]
 
 
 def with_analytic(sweep: Sweep, audits: list[Audit]) -> pd.DataFrame:
     """The rows again, with what was derived for them and the ratio of counted to derived."""
-    rows = sweep.rows.drop(columns=["label", "config", "losses", "round_ms", "traceback"], errors="ignore").copy()
+    rows = sweep.rows.drop(columns=["label", "config", "losses", "errors", "round_ms", "traceback"], errors="ignore")
     derived = {a.run_id: a for a in audits}
     rows["derived_comm_bytes"] = [round(derived[r].derived) if r in derived else None for r in rows.run_id]
     analytic = pd.to_numeric(rows.derived_comm_bytes).fillna(rows.analytic_comm_bytes)
@@ -159,25 +163,23 @@ def with_analytic(sweep: Sweep, audits: list[Audit]) -> pd.DataFrame:
     return rows
 
 
-def comparisons(sweep: Sweep, audits: list[Audit]) -> list[dict]:
+def comparisons(audits: list[Audit]) -> list[dict]:
     """Per strategy: what was published, the derived formula, and one configuration's numbers, derived and counted."""
     found = []
-    rows = {(row.strategy, row.variant): row for row in symbols.rows()}
     for strategy in dict.fromkeys(a.strategy for a in audits):
         of_this = [a for a in audits if a.strategy == strategy]
-        example = max(of_this, key=lambda a: a.seq_len)
-        plain = rows.get((strategy, ""))
-        lines = symbols.of_block(strategy, plain.letters)
+        plain = symbols.rows_of(strategy)[0]
+        lines = plain.account.of_block(plain.letters)
         found.append(
             {
                 "strategy": strategy,
                 "colour": colour(strategy),
-                "published": PUBLISHED.get(strategy, []),
+                "published": plain.account.published,
                 "forward": symbols.collectives(lines, "forward"),
                 "backward": symbols.collectives(lines, "backward", "optimizer"),
-                "activations": written(symbols.activations(plain), "text"),
-                "weights": written(symbols.weights(plain), "text"),
-                "example": example,
+                "activations": written(symbols.activations(plain)),
+                "weights": written(symbols.weights(plain)),
+                "example": max(of_this, key=lambda a: a.seq_len),
                 "all_exact": not any(a.faults for a in of_this),
                 "number": len(of_this),
             }
@@ -191,21 +193,19 @@ def comparisons(sweep: Sweep, audits: list[Audit]) -> list[dict]:
 def facts(sweep: Sweep) -> list[tuple[str, str]]:
     """Where and when this was measured."""
     rows = sweep.rows
-    said = []
-    for column, name in (("device_name", "device"), ("backend", "collectives"), ("model", "model"), ("mode", "mode")):
-        if column in rows and (values := [str(v) for v in rows[column].dropna().unique() if str(v)]):
-            said.append((name, ", ".join(values)))
-    if "torch_version" in rows and len(versions := rows.torch_version.dropna().unique()):
-        said.append(("torch", ", ".join(map(str, versions))))
-    if "git_sha" in rows and len(shas := [s for s in rows.git_sha.dropna().unique() if s]):
-        dirty = " with changes" if "git_dirty" in rows and rows.git_dirty.fillna(False).astype(bool).any() else ""
-        said.append(("commit", ", ".join(str(s)[:10] for s in shas) + dirty))
-    times = sorted(t for t in rows.started_at.dropna() if t)
-    if times:
-        said.append(("measured", f"{times[0][:16].replace('T', ' ')} to {times[-1][:16].replace('T', ' ')} UTC"))
-    counts = rows.status.value_counts()
-    said.append(("configurations", ", ".join(f"{n} {status}" for status, n in counts.items())))
-    return said
+    names = {"device_name": "device", "backend": "collectives", "model": "model", "mode": "mode"}
+    found = {name: ", ".join(said(rows[column])) for column, name in {**names, "torch_version": "torch"}.items()}
+    dirty = " with changes" if "True" in said(rows.git_dirty) else ""
+    found["commit"] = ", ".join(sha[:10] for sha in said(rows.git_sha)) + dirty
+    if times := [time[:16].replace("T", " ") for time in sorted(said(rows.started_at))]:
+        found["measured"] = f"{times[0]} to {times[-1]} UTC"
+    found["configurations"] = ", ".join(f"{n} {status}" for status, n in rows.status.value_counts().items())
+    return [(name, text) for name, text in found.items() if text]
+
+
+def said(values: pd.Series) -> list[str]:
+    """What a column says, each once."""
+    return [text for text in map(str, values.dropna().unique()) if text]
 
 
 def answers(sweep: Sweep) -> list[str]:
@@ -238,7 +238,7 @@ def answers(sweep: Sweep) -> list[str]:
                 f"One process with all cores needs {alone.step_ms_median.iloc[0]:.1f} ms: these ranks share one "
                 "machine's cores, so their times say what the strategies cost each other, not what more machines bring."
             )
-    if "peak_bytes" in rows and rows.peak_bytes.notna().any():
+    if rows.peak_bytes.notna().any():
         small = rows.loc[rows.peak_bytes.idxmin()]
         large = rows.loc[rows.peak_bytes.idxmax()]
         said.append(
@@ -246,7 +246,7 @@ def answers(sweep: Sweep) -> list[str]:
             f"{small.activation_bytes / small.peak_bytes:.0%} are activations; the largest is {large.label} with "
             f"{size(large.peak_bytes)}."
         )
-        if "capacity_bytes" in rows and rows.capacity_bytes.notna().any():
+        if rows.capacity_bytes.notna().any():
             capacity = rows.capacity_bytes.max()
             fit = rows[rows.peak_bytes <= capacity]
             said.append(f"Of {len(rows)} configurations there, {len(fit)} fit into {size(capacity)}.")
@@ -258,14 +258,14 @@ def answers(sweep: Sweep) -> list[str]:
             f"most, {size(most.comm_bytes)} ({most.comm_bytes / least.comm_bytes:.1f} times as much)."
         )
         fast = timed[timed.strategy != "single"]
-        if len(fast) and "comm_bytes_params" in rows:
+        if len(fast) and pd.notna(fast.iloc[0].comm_bytes_params):
             f = fast.iloc[0]
             said.append(
                 f"The fastest has to send {size(f.comm_bytes)}: {size(f.comm_bytes_params)} of weights and their "
                 f"gradients, the same at every length, and {size(f.comm_bytes_activations)} of activations, which grow "
                 "with the sequence."
             )
-    if len(timed) > 1 and "peak_bytes" in timed and timed.peak_bytes.notna().all():
+    if len(timed) > 1 and timed.peak_bytes.notna().all():
         said.append(
             f"Worth choosing between, since nothing is both faster and smaller: {', '.join(front_of(timed).label)}."
         )
@@ -284,13 +284,49 @@ def size(n: float) -> str:
     return f"{n:.0f} B"
 
 
+@dataclass(frozen=True)
+class Shown:
+    """A column of the page's table: the column of results.csv by which it sorts, its heading, and its cells' text."""
+
+    column: str
+    head: str
+    says: str
+    text: Callable[[pd.Series], str]
+
+
+def spread(row: pd.Series) -> str:
+    return f"{row.step_ms_p10:,.1f} to {row.step_ms_p90:,.1f}"
+
+
+def formula(row: pd.Series) -> str:
+    return "=" if row.comm_bytes == row.analytic_comm_bytes else f"{row.analytic_comm_bytes / MIB:,.2f}"
+
+
+OWN = {  # columns that this page alone shows, or shows in its own way
+    "seq_len": ("seq_len", lambda row: f"{row.seq_len:,.0f}"),
+    "step_ms_p10": ("p10 to p90", spread),
+    "max_seq_len": ("longest", lambda row: f"{row.max_seq_len:,.0f}"),
+    "analytic_comm_bytes": ("formula", formula),
+    "loss_last": ("loss", lambda row: f"{row.loss_last:.4f}"),
+}
+
+
+def shown(rows: pd.DataFrame) -> list[Shown]:
+    """The columns that have a heading, and a value in some row."""
+    found = []
+    for column in columns():
+        head, text = OWN.get(column.name, (column.head, column.text))
+        if head and rows[column.name].notna().any():
+            found.append(Shown(column.name, head, column.says, text))
+    return found
+
+
 def results(sweep: Sweep) -> list[dict]:
-    """The rows of the table: what is shown, and the numbers as they are in results.csv."""
+    """The rows of the table."""
     table = []
     for _, row in sweep.ok.iterrows():
-        exact = row.comm_bytes == row.analytic_comm_bytes
         name = row.label if mesh(row) in row.label else f"{row.label} {mesh(row)}"
-        table.append({"row": row, "name": name, "colour": colour(row.strategy), "exact": exact})
+        table.append({"row": row, "name": name, "colour": colour(row.strategy)})
     return table
 
 

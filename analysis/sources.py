@@ -14,27 +14,32 @@ from functools import cache
 from pathlib import Path
 from textwrap import dedent
 
+import pandas as pd
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
 from analysis import UserError
-from analysis.colours import colour
-from analysis.cost_table import BLOCK, SHORT, Letters, of_block, total
-from analysis.reading import Sweep, mesh
+from analysis.accounts import account_of
+from analysis.accounts.letters import Letters
+from analysis.accounts.sent import SHORT, total
+from analysis.looks import colour
+from analysis.reading import Sweep
 from analysis.templates import TEMPLATES
+from conf.columns import described
+from conf.labels import mesh
 
 ROOT = Path(__file__).parents[1]
+IN_ATTENTION = ("attention", "core_attention", "inner_attention", "through_heads", "send_heads")
+IN_BLOCK = (*IN_ATTENTION, "mlp")
 SECTIONS = {  # title -> the methods and functions that it shows, in this order
     "split": ("split",),
     "shard": ("shard", "shard_mlp"),
-    "attention": ("attention", "core_attention", "to_heads", "to_tokens"),
+    "attention": IN_ATTENTION,
     "mlp": ("mlp",),
     "embedding, head": ("embed", "loss"),
-    "what must divide by what": ("degrees", "rules"),
 }
 LEADING = re.compile(r"^(<[^>]*>)?\s+")
-IN_BLOCK = ("attention", "core_attention", "to_heads", "to_tokens", "mlp")
 
 
 @dataclass
@@ -55,22 +60,22 @@ def module(path: str) -> Module:
     text = (ROOT / path).read_text()
     tree = ast.parse(text)
     imported = {
-        alias.asname or alias.name: f"{node.module.replace('.', '/')}.py"
+        alias.asname or alias.name: f"{(node.module or '').replace('.', '/')}.py"
         for node in tree.body
-        if isinstance(node, ast.ImportFrom) and node.module.startswith("strategies.") and "ops" not in node.module
+        if isinstance(node, ast.ImportFrom) and re.match(r"strategies\.(?!ops)", node.module or "")
         for alias in node.names
     }
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
     own = classes[-1]
     spans = {node.name: span(node) for node in [*tree.body, *own.body] if isinstance(node, ast.FunctionDef)}
-    base = own.bases[0].id if own.bases else None
+    base = ast.unparse(own.bases[0]) if own.bases else ""
     title, card = read_card(ast.get_docstring(tree) or "")
     return Module(path, text.splitlines(), card, title, imported.get(base), imported, spans)
 
 
 def span(node: ast.FunctionDef) -> tuple[int, int]:
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-    return first, node.end_lineno
+    return first, node.end_lineno or first
 
 
 def read_card(docstring: str) -> tuple[str, list[tuple[str, str]]]:
@@ -87,16 +92,14 @@ def read_card(docstring: str) -> tuple[str, list[tuple[str, str]]]:
 
 
 def find(path: str, name: str) -> Module | None:
-    """The module that holds a strategy's method or helper: its own, its parent's, or one that it imports it from."""
-    here: str | None = path
-    while here:
-        found = module(here)
-        if name in found.spans:
-            return found
-        if name in found.imported:
-            return module(found.imported[name])
-        here = found.parent
-    return None
+    """The module that holds a strategy's method or helper: its own, its parent's, or that of a helper it imports."""
+    here = module(path)
+    if name in here.spans:
+        return here
+    if here.parent and (found := find(here.parent, name)) is not None:
+        return found
+    helpers = (module(where) for helper, where in here.imported.items() if helper in module(where).spans)
+    return next((helper for helper in helpers if name in helper.spans), None)
 
 
 @dataclass
@@ -140,7 +143,7 @@ class Column:
     title: str
     card: list[tuple[str, str]]
     measured: str
-    sums: list[tuple[str, str, str, bool]]  # what, counted, derived, are they equal
+    sums: list[tuple[str, str, str, bool]]  # what, counted, derived (empty without an account), are they equal
     sections: dict[str, list[Part]]
 
 
@@ -154,8 +157,8 @@ def size(n: float) -> str:
 def column(strategy: str, sweep: Sweep | None) -> Column:
     path = f"strategies/{strategy}.py"
     own = module(path)
-    run = measured_row(strategy, sweep)
-    sent, sums, where = ({}, [], "") if run is None else counted(path, run, sweep)
+    run = None if sweep is None else measured_row(strategy, sweep)
+    sent, sums, where = ({}, [], "") if sweep is None or run is None else counted(path, run, sweep)
     sections = {}
     for title, names in SECTIONS.items():
         sections[title] = [part for name in names if (part := shown(path, name, sent)) is not None]
@@ -166,7 +169,7 @@ def column(strategy: str, sweep: Sweep | None) -> Column:
 
 def shown(path: str, name: str, sent: dict[tuple[str, int], dict]) -> Part | None:
     holder = find(path, name)
-    if holder is None or (holder.path == "strategies/base.py" and name == "degrees"):
+    if holder is None:
         return None
     first, last = holder.spans[name]
     source = dedent("\n".join(holder.lines[first - 1 : last]))
@@ -189,18 +192,16 @@ def counterpart(name: str, text: str) -> str:
     if "ring_attention(" in text:
         return "around the ring"
     side = "after" if text.strip().startswith("return") else "before"
-    side = {"to_heads": "before", "to_tokens": "after"}.get(name, side)
-    if name in ("attention", "core_attention", "to_heads", "to_tokens"):
+    side = {"send_heads": "before", "through_heads": "after"}.get(name, side)
+    if name in IN_ATTENTION:
         return f"{side} attention"
     return f"{side} the MLP" if name == "mlp" else name
 
 
-def measured_row(strategy: str, sweep: Sweep | None):
+def measured_row(strategy: str, sweep: Sweep) -> pd.Series | None:
     """The row whose bytes are shown: the strategy's longest plain training step of the sweep."""
-    if sweep is None:
-        return None
-    rows = sweep.ok[(sweep.ok.strategy == strategy) & (sweep.ok.run_id.map(lambda run: bool(sweep.comm.get(run))))]
-    rows = rows[rows.run_id.map(lambda run: sweep.records[run]["config"].get("workload", "step") == "step")]
+    known = [run_id for run_id, lines in sweep.comm.items() if lines and run_id in sweep.configs]
+    rows = sweep.ok[(sweep.ok.strategy == strategy) & (sweep.ok.workload == "step") & sweep.ok.run_id.isin(known)]
     if rows.empty:
         return None
     plain = rows[(rows.zero_stage == 3) & (rows.recompute == "none")]
@@ -208,10 +209,10 @@ def measured_row(strategy: str, sweep: Sweep | None):
     return rows.loc[rows.seq_len.idxmax()]
 
 
-def counted(path: str, row, sweep: Sweep) -> tuple[dict, list, str]:
+def counted(path: str, row: pd.Series, sweep: Sweep) -> tuple[dict, list, str]:
     """What each line sent: (file, line) -> (direction, kind) -> [calls, bytes]; the block's sums; what was measured."""
-    record = sweep.records[row.run_id]
-    layers = record["config"]["model"]["n_layers"]
+    config = sweep.configs[row.run_id]
+    layers = config.model.n_layers
     sent: dict[tuple[str, int], dict] = {}
     of_activations = of_weights = 0.0
     for entry in sweep.comm[row.run_id]:
@@ -230,37 +231,39 @@ def counted(path: str, row, sweep: Sweep) -> tuple[dict, list, str]:
             of_activations += entry["sent_bytes"] / shares
         elif entry["source"].startswith("zero3 blocks."):
             of_weights += entry["sent_bytes"] / shares
-    lines = of_block(row.strategy, Letters.of(record["config"])) if row.strategy in BLOCK else []
+    account = account_of(row.strategy)
+    lines = account.of_block(Letters.of(config)) if account else []
     sums = []
     for what, amount, weights in (("activations", of_activations, False), ("weights", of_weights, True)):
         derived = total(lines, weights=weights)
-        sums.append((what, size(amount), size(derived), abs(amount - derived) <= len(sweep.comm[row.run_id])))
-    where = (
-        f"model {row.model}, {mesh(row) or 'one process'}, seq_len={int(row.seq_len):,}, batch {int(row.batch_size)}"
-    )
-    return sent, sums, f"{where}, {row.precision}"
+        equal = abs(amount - derived) <= len(sweep.comm[row.run_id])
+        sums.append((what, size(amount), size(derived) if account else "", equal))
+    where = mesh(described(config)) or "one process"
+    setting = f"{where}, seq_len={config.seq_len:,}, batch {config.batch_size}, {config.precision}"
+    return sent, sums, f"model {config.model.name}, {setting}"
 
 
 def placed(path: str, source: str) -> tuple[str, int, str] | None:
     """The line that a source of comm.csv is shown at: file, number and the method or function around it."""
     if source.startswith("zero"):
-        for name in ("shard_mlp", "shard"):
-            holder = find(path, name)
-            if holder is None or (name == "shard_mlp") != source.endswith(".mlp"):
-                continue
-            first, last = holder.spans[name]
-            for number in range(first, last + 1):
-                if "self.zero" in holder.lines[number - 1]:
-                    return holder.path, number, name
-        return None
+        return zero_line(path, "shard_mlp" if source.endswith(".mlp") else "shard")
     file, _, number = source.partition(":")
     if not number.isdigit():
         return None
-    holder = module(file)
-    for name, (first, last) in holder.spans.items():
+    for name, (first, last) in module(file).spans.items():
         if first <= int(number) <= last:
             return file, int(number), name
     raise UserError(f"{source} is no line of a strategy's method any more: measure the run again with today's files")
+
+
+def zero_line(path: str, name: str) -> tuple[str, int, str] | None:
+    """The line that hands weights to ZeRO, in a strategy's method or in those that it extends."""
+    here = module(path)
+    first, last = here.spans.get(name, (1, 0))
+    for line in range(first, last + 1):
+        if "self.zero" in here.lines[line - 1]:
+            return path, line, name
+    return zero_line(here.parent, name) if here.parent else None
 
 
 def write(strategies: list[str], sweep: Sweep | None, out: Path) -> Path:

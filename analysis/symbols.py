@@ -1,15 +1,19 @@
 """The cost table's rows in sympy's symbols: every strategy and variant, in the order of strategies/."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 
 import sympy
 
-from analysis.cost_table import SHORT, Letters, Sent, of_block, saved_by_block, state, total
+from analysis.accounts import account_of
+from analysis.accounts.account import Account
+from analysis.accounts.letters import Amount, Letters
+from analysis.accounts.sent import SHORT, Sent, total
+from conf import meshes
 
-B, L, d, i, h, h_kv, V, N, dp, tp, u, r, rho, e, e_g, n_layers = sympy.symbols(
-    "B L d i h h_kv V N dp tp u r rho e e_g n_layers", positive=True
-)
+NAMES = "B L d i h h_kv V N dp tp u r rho e e_g n_layers"
+SYMBOLS = {name: sympy.Symbol(name, positive=True) for name in NAMES.split()}
 LEGEND = {
     "B, L": "sequences of a dp rank, tokens of a sequence",
     "d, i, V": "hidden size, MLP size, vocabulary",
@@ -20,48 +24,59 @@ LEGEND = {
     "D": "B L d e bytes of a tp group's activation, on its part of the sequence",
     "P": "the block's parameters on a rank before ZeRO shards them, times e",
 }
+AXES = {"dp": "dp", "tp": "tp", "ulysses": "u", "ring": "r"}  # an axis -> its letter
 
 
-def letters(**changes) -> Letters:
-    """All symbols, on one rank, but for what is changed."""
-    base = {"B": B, "L": L, "d": d, "i": i, "h": h, "h_kv": h_kv, "K": d / h, "V": V, "layers": n_layers}
-    ranks = {"dp": 1, "tp": 1, "u": 1, "r": 1}
-    return Letters(**{**base, **ranks, "e": e, "e_w": e, "e_g": e_g, **changes})
+def letters(**changes: object) -> Letters:
+    """All symbols, on one rank, but for what is changed; a name stands for its symbol."""
+    alike = {name: name for name in ("B", "L", "d", "i", "h", "h_kv", "V", "e", "e_g")}
+    sizes = {**alike, "K": SYMBOLS["d"] / SYMBOLS["h"], "layers": "n_layers", "e_w": "e"}
+    ranks = dict.fromkeys(AXES.values(), 1)
+    named: dict[str, Amount] = {**sizes, **ranks, **changes}
+    return Letters(**{name: SYMBOLS[value] if isinstance(value, str) else value for name, value in named.items()})
+
+
+def ranks_of(strategy: str) -> dict[str, str]:
+    """The letters of its axes: N where there is one alone."""
+    footing = meshes.footing_of(strategy)
+    if meshes.alone in footing.needs:
+        return {}
+    axes = footing.axes or ("dp",)
+    copies = {"rho": "rho"} if "ulysses" in axes else {}
+    return {**{AXES[axis]: "N" if len(axes) == 1 else AXES[axis] for axis in axes}, **copies}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a strategy, what is special about this variant, and its letters."""
+    """One line of the table: a strategy, what is special about this variant, its account and its letters."""
 
     strategy: str
     variant: str
+    account: Account
     letters: Letters
+
+    @property
+    def title(self) -> str:
+        return f"{self.strategy} {self.variant}".strip()
 
 
 def rows() -> list[Row]:
-    """Every strategy, and under it its variants; recompute=block for each is the last of them."""
-    found = [Row("single", "", letters())]
-    found += [
-        Row("zero", "" if stage == 3 else f"zero_stage={stage}", letters(dp=N, stage=stage)) for stage in (3, 2, 1, 0)
-    ]
-    found += [Row("tp", "", letters(tp=N)), Row("tp_sp", "", letters(tp=N))]
-    found += [
-        Row("ulysses", "", letters(u=N, rho=rho)),
-        Row("ulysses", "ulysses.packed", letters(u=N, rho=rho, packed=True)),
-        Row("ulysses", "ulysses.chunks=2", letters(u=N, rho=rho, head_chunks=2)),
-    ]
-    found += [Row("ring", "", letters(r=N)), Row("ring", "ring.kv=all_gather", letters(r=N, gather_kv=True))]
-    found += [Row("usp", "", letters(u=u, r=r, rho=rho))]
-    found += [Row("tp_usp", "", letters(tp=tp, u=u, r=r, rho=rho))]
-    found += [Row("odysseus", "", letters(tp=N)), Row("odysseus", "with a ring", letters(tp=tp, r=r))]
-    split = [row for row in found if not row.variant and row.strategy != "single"]
-    found += [Row(row.strategy, "recompute=block", replace(row.letters, recompute=True)) for row in split]
-    order = list(dict.fromkeys(row.strategy for row in found))
-    return sorted(found, key=lambda row: order.index(row.strategy))
+    """Every strategy that has an account, and under it its variants; recompute=block is the last of them."""
+    return [row for strategy in meshes.STRATEGIES for row in rows_of(strategy)]
+
+
+def rows_of(strategy: str) -> list[Row]:
+    account, ranks = account_of(strategy), ranks_of(strategy)
+    if account is None:
+        return []
+    variants = {variant: {**ranks, **changes} for variant, changes in account.rows.items()}
+    if ranks:
+        variants["recompute=block"] = {**ranks, **account.rows.get("", {}), "recompute": True}
+    return [Row(strategy, variant, account, letters(**changes)) for variant, changes in variants.items()]
 
 
 @cache
-def neat(expression) -> sympy.Expr:
+def neat(expression: Amount) -> sympy.Expr:
     """Factored; a sum of products stays a sum."""
     expression = sympy.sympify(expression)
     return sympy.factor(expression) if expression.free_symbols else expression
@@ -70,31 +85,40 @@ def neat(expression) -> sympy.Expr:
 def collectives(lines: list[Sent], *phases: str) -> str:
     """What is sent in these phases, e.g. 2 AG(D) + 2 RS(D)."""
     words = []
-    for line in lines:
-        if line.phase in phases:
-            times = f"{neat(line.calls)} " if line.calls not in (0, 1) else ""
-            times = f"({times.strip()}) " if " " in times.strip() else times
-            words.append(f"{times}{SHORT[line.kind]}({line.of})" + (" once a step" if line.calls == 0 else ""))
+    for line in added(line for line in lines if line.phase in phases):
+        times = f"{neat(line.calls)} " if line.calls not in (0, 1) else ""
+        times = f"({times.strip()}) " if " " in times.strip() else times
+        words.append(f"{times}{SHORT[line.kind]}({line.of})" + (" once a step" if line.calls == 0 else ""))
     return " + ".join(words) or "0"
+
+
+def added(lines: Iterable[Sent]) -> list[Sent]:
+    """Exchanges of activations that are alike, as one line."""
+    found: dict[object, Sent] = {}
+    for line in lines:
+        key = line.phase, line.kind, line.of, len(found) if line.weights else None
+        before = found.get(key, replace(line, calls=0, bytes=0))
+        found[key] = replace(line, calls=before.calls + line.calls, bytes=before.bytes + line.bytes)
+    return list(found.values())
 
 
 def activations(row: Row) -> sympy.Expr:
     """Bytes of activations and their gradients that a rank sends for a block."""
-    return neat(total(of_block(row.strategy, row.letters), weights=False))
+    return neat(total(row.account.of_block(row.letters), weights=False))
 
 
 def weights(row: Row) -> sympy.Expr:
     """Bytes of weights and their gradients."""
-    return neat(total(of_block(row.strategy, row.letters), weights=True))
+    return neat(total(row.account.of_block(row.letters), weights=True))
 
 
 def saved(row: Row) -> sympy.Expr:
     """Bytes that a block keeps from forward for backward."""
-    return neat(saved_by_block(row.strategy, row.letters))
+    return neat(row.account.saved_by_block(row.letters))
 
 
 def kept(row: Row) -> dict[str, sympy.Expr]:
     """Bytes of params, grads and optimizer state of one block, without AdamW's step counts."""
-    one = state(row.strategy, replace(row.letters, layers=1), ends=False)
+    one = row.account.state(replace(row.letters, layers=1), ends=False)
     counts = one["optimizer"].as_coeff_Add()[0]
     return {"params": neat(one["params"]), "grads": neat(one["grads"]), "optimizer": neat(one["optimizer"] - counts)}

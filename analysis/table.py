@@ -2,66 +2,78 @@
 
     python -m analysis table [--format text|markdown|latex|csv] [key=value ...]
 
-Without keys it prints formulas. The keys are those of `python -m bench`; what is not given is as in conf/config.yaml.
+Without keys it prints formulas. The keys are those of `python -m bench`, and so are defaults, meshes and the answers to
+what cannot be. Without strategy= every strategy has a row; strategy=a,b names several.
 """
 
 import itertools
-import math
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import sympy
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from analysis import UserError, symbols
-from analysis.cost_table import BLOCK, Letters, of_block, of_step, saved_by_block, saved_by_ends, state, total
-from analysis.published import PUBLISHED
+from analysis.accounts import account_of, none_of
+from analysis.accounts.account import Account
+from analysis.accounts.letters import Amount, Letters
+from analysis.accounts.sent import total
+from conf import labels, meshes
+from conf.columns import described
+from conf.compose import REFUSED, configuration, sentence
+from conf.keys import Config
+from conf.resolve import resolve
+from conf.words import Invalid
 
-CONF = Path(__file__).parents[1] / "conf"
 FORMATS = ("text", "markdown", "latex", "csv")
-AXES = {  # strategy -> its axes, in the order in which it takes ranks
-    "single": (),
-    "zero": ("dp",),
-    "tp": ("tp",),
-    "tp_sp": ("tp",),
-    "ulysses": ("ulysses",),
-    "ring": ("ring",),
-    "usp": ("ulysses", "ring"),
-    "tp_usp": ("tp", "ulysses", "ring"),
-    "odysseus": ("tp", "ring"),
-}
 
 
-def printed(format: str, overrides: list[str]) -> str:
-    """The table in one of FORMATS."""
-    if overrides:
-        config = configuration(overrides)
-        table, notes = values(config), [setting(config), *crossovers(config)]
-    else:
-        table, notes = formulas(format), [f"{letters}: {what}" for letters, what in symbols.LEGEND.items()]
-    if format == "csv":
-        return table.to_csv(index=False)
-    if format == "markdown":
-        return table.to_markdown(index=False, disable_numparse=True) + "\n\n" + "\n".join(f"- {note}" for note in notes)
-    if format == "latex":
-        return table.to_latex(index=False, escape=False)
-    body = table.to_string(index=False) if overrides else records(table)
-    return body + "\n\n" + "\n".join(notes)
+def printed(format: str, overrides: Sequence[str]) -> tuple[str, list[str]]:
+    """The table in one of FORMATS, and what is wrong with it."""
+    if not overrides:
+        legend = [f"{letters}: {what}" for letters, what in symbols.LEGEND.items()]
+        return laid_out(formulas(format), format, legend, paragraphs), []
+    found = standings(overrides)
+    stand = standing(found)
+    if not stand:
+        return laid_out(values(found), format), ["none of these strategies can stand here"]
+    remarks = [f"{name}: {note}" for name, here in stand.items() for note in here.notes]
+    return laid_out(values(found), format, [setting(stand), *remarks, *crossovers(stand)]), []
 
 
-def records(table: pd.DataFrame) -> str:
+def as_table(table: pd.DataFrame) -> str:
+    return table.to_string(index=False)
+
+
+def paragraphs(table: pd.DataFrame) -> str:
     """One paragraph a row, its cells under each other: formulas are too wide to stand side by side."""
-    paragraphs = []
+    found = []
     for _, row in table.iterrows():
         cells = [(name, text) for name, text in row.items() if text and name != "strategy"]
         width = max(len(name) for name, _ in cells)
-        paragraphs.append("\n".join([row["strategy"], *(f"  {name:{width}}  {text}" for name, text in cells)]))
-    return "\n\n".join(paragraphs)
+        found.append("\n".join([row["strategy"], *(f"  {name:{width}}  {text}" for name, text in cells)]))
+    return "\n\n".join(found)
 
 
-def written(expression, format: str) -> str:
+def laid_out(
+    table: pd.DataFrame, format: str, notes: Sequence[str] = (), in_text: Callable[[pd.DataFrame], str] = as_table
+) -> str:
+    """A table in one of FORMATS, and notes under it where there is a place for them."""
+    if format == "csv":
+        return table.to_csv(index=False)
+    if format == "latex":
+        return table.to_latex(index=False, escape=False)
+    if format == "markdown":
+        body, lines = table.to_markdown(index=False, disable_numparse=True), [f"- {note}" for note in notes]
+    else:
+        body, lines = in_text(table), list(notes)
+    return body + ("\n\n" + "\n".join(lines) if lines else "")
+
+
+# Formulas.
+
+
+def written(expression: Amount, format: str = "text") -> str:
     """A formula as it is read in one of FORMATS."""
     expression = sympy.sympify(expression)
     if format == "latex":
@@ -72,131 +84,123 @@ def written(expression, format: str) -> str:
 def formulas(format: str = "text") -> pd.DataFrame:
     """Every strategy and variant: what a block exchanges, sends and keeps, the whole model, and what was published."""
     table = []
-    for row in symbols.rows():
-        lines = of_block(row.strategy, row.letters)
-        step = of_step(row.strategy, row.letters)
-        cells = {
-            "strategy": f"{row.strategy} {row.variant}".strip(),
-            "forward": symbols.collectives(lines, "forward"),
-            "backward": symbols.collectives(lines, "recompute", "backward", "optimizer"),
-            "activation bytes": written(symbols.activations(row), format),
-            "weight and gradient bytes": written(symbols.weights(row), format),
-            "kept for backward": written(symbols.saved(row), format),
-            **{f"{part} of a block": written(size, format) for part, size in symbols.kept(row).items()},
-            "whole model: activation bytes": written(symbols.neat(total(step, weights=False)), format),
-            "whole model: weight bytes": written(symbols.neat(total(step, weights=True)), format),
-            "whole model: kept for backward": written(
-                symbols.neat(
-                    row.letters.layers * saved_by_block(row.strategy, row.letters)
-                    + saved_by_ends(row.strategy, row.letters)
-                ),
-                format,
-            ),
-        }
-        if not row.variant:
-            for i, known in enumerate(PUBLISHED.get(row.strategy, []), 1):
-                why = f". Differs: {known.differs}" if known.differs else ". Agrees"
-                said = f"{known.source}: {known.collectives}; activations {known.activations or '-'}, weights "
-                cells[f"published {i}"] = said + f"{known.weights or '-'}, memory {known.memory}{why}"
-        table.append(cells)
+    for strategy in meshes.STRATEGIES:
+        rows = symbols.rows_of(strategy)
+        table += [cells_of(row, format) for row in rows] or [{"strategy": strategy, "account": none_of(strategy)}]
     return pd.DataFrame(table).fillna("")
 
 
-def configuration(overrides: list[str]) -> dict:
-    """conf/config.yaml with a model from conf/model/, and what the user says instead."""
-    base = OmegaConf.load(CONF / "config.yaml")
-    given = OmegaConf.from_dotlist(overrides)
-    model = given.pop("model", "tiny") if not OmegaConf.is_dict(given.get("model")) else "tiny"
-    file = CONF / "model" / f"{model}.yaml"
-    known = sorted(f.stem for f in (CONF / "model").glob("*.yaml") if f.stem != "hf")
-    if model not in known:
-        raise UserError(f"model={model} is not one of {', '.join(known)}")
-    strategies = str(given.pop("strategy", ",".join(BLOCK))).split(",")
-    for name in strategies:
-        if name not in BLOCK:
-            raise UserError(f"strategy={name} is not one of {', '.join(BLOCK)}")
-    overrides = [o for o in overrides if o.partition("=")[0] not in ("model", "strategy")]
-    for key in ("defaults", "hydra"):
-        base.pop(key)
-    base.model = OmegaConf.load(file)
-    OmegaConf.set_struct(base, True)
+def cells_of(row: symbols.Row, format: str) -> dict[str, str]:
+    lines, step = row.account.of_block(row.letters), row.account.of_step(row.letters)
+    saved = row.letters.layers * row.account.saved_by_block(row.letters) + row.account.saved_by_ends(row.letters)
+    sizes = {
+        "activation bytes": symbols.activations(row),
+        "weight and gradient bytes": symbols.weights(row),
+        "kept for backward": symbols.saved(row),
+        **{f"{part} of a block": size for part, size in symbols.kept(row).items()},
+        "whole model: activation bytes": symbols.neat(total(step, weights=False)),
+        "whole model: weight bytes": symbols.neat(total(step, weights=True)),
+        "whole model: kept for backward": symbols.neat(saved),
+    }
+    return {
+        "strategy": row.title,
+        "forward": symbols.collectives(lines, "forward"),
+        "backward": symbols.collectives(lines, "recompute", "backward", "optimizer"),
+        **{name: written(size, format) for name, size in sizes.items()},
+        **({} if row.variant else published(row.account)),
+    }
+
+
+def published(account: Account) -> dict[str, str]:
+    cells = {}
+    for number, known in enumerate(account.published, 1):
+        why = f"Differs: {known.differs}" if known.differs else "Agrees"
+        sizes = f"activations {known.activations or '-'}, weights {known.weights or '-'}, memory {known.memory}"
+        cells[f"published {number}"] = f"{known.source}: {known.collectives}; {sizes}. {why}"
+    return cells
+
+
+# Values.
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A strategy in a configuration in which it can stand: its account, and what a reader should know."""
+
+    account: Account
+    config: Config
+    notes: list[str]
+
+    @property
+    def letters(self) -> Letters:
+        return Letters.of(self.config)
+
+
+def standings(overrides: Sequence[str]) -> dict[str, Standing | str]:
+    """Every strategy that is asked for, as `python -m bench` would run it; or why it would not, in a sentence.
+
+    Raises UserError for what is no configuration, and if one sentence answers all.
+    """
+    chosen = [override for override in overrides if override.startswith("strategy=")]
+    others = [override for override in overrides if override not in chosen]
+    strategies = chosen[-1].removeprefix("strategy=").split(",") if chosen else list(meshes.STRATEGIES)
     try:
-        config = OmegaConf.to_container(OmegaConf.merge(base, OmegaConf.from_dotlist(overrides)))
-    except OmegaConfBaseException as error:
-        raise UserError(str(error).splitlines()[0]) from None
-    config["model"]["head_dim"] = (
-        config["model"].get("head_dim") or config["model"]["dim"] // config["model"]["n_heads"]
-    )
-    return {**config, "strategies": strategies}
+        found = {name: stand(configuration([*others, f"strategy={name}"])) for name in strategies}
+    except REFUSED as error:
+        raise UserError(sentence(error)) from None
+    if not standing(found) and len(sentences := {str(here) for here in found.values()}) == 1:
+        raise UserError(sentences.pop())
+    return found
 
 
-def letters(name: str, config: dict) -> Letters | None:
-    """The numbers of a strategy in this configuration; None where it cannot stand on so many ranks."""
-    mesh = mesh_of(name, config)
-    if mesh is None:
-        return None
-    return Letters.of({**config, "mesh": mesh})
+def stand(written: Config) -> Standing | str:
+    try:
+        resolved = resolve(written)
+    except Invalid as reason:
+        return str(reason)
+    account = account_of(written.strategy.name)
+    return Standing(account, resolved.config, resolved.notes) if account else none_of(written.strategy.name)
 
 
-def mesh_of(name: str, config: dict) -> dict[str, int] | None:
-    """Degrees as given; where several are open, ulysses takes what the kv heads allow beside a ring of 2 or more."""
-    mesh = {axis: config["mesh"][axis] for axis in ("dp", *AXES[name])}
-    free = config["world_size"] // math.prod(degree for degree in mesh.values() if degree)
-    left_open = [axis for axis in AXES[name] if mesh[axis] is None]
-    if not left_open and mesh["dp"] is None and name != "single":
-        left_open = ["dp"]
-    if left_open == ["ulysses", "ring"]:
-        widest = [u for u in range(1, free) if free % u == 0 and config["model"]["n_kv_heads"] % u == 0]
-        mesh["ulysses"] = max(widest, default=1)
-    elif len(left_open) == 3:
-        mesh["tp"] = mesh["ulysses"] = 2 if free % 4 == 0 else 1
-    if left_open and mesh[left_open[-1]] is None:
-        last = left_open[-1] if len(left_open) > 1 and mesh[left_open[0]] else left_open[0]
-        mesh[last] = config["world_size"] // math.prod(degree for degree in mesh.values() if degree)
-    mesh = {axis: mesh.get(axis) or 1 for axis in ("dp", "tp", "ulysses", "ring")}
-    n_heads, n_kv_heads = config["model"]["n_heads"], config["model"]["n_kv_heads"]
-    width = mesh["tp"] * mesh["ulysses"]
-    fits = n_heads % width == 0 and (n_kv_heads % width == 0 or width % n_kv_heads == 0)
-    return mesh if fits and math.prod(mesh.values()) == config["world_size"] else None
+def standing(found: Mapping[str, Standing | str]) -> dict[str, Standing]:
+    """Those that can stand."""
+    return {name: here for name, here in found.items() if isinstance(here, Standing)}
 
 
-def values(config: dict) -> pd.DataFrame:
+def values(found: Mapping[str, Standing | str]) -> pd.DataFrame:
     """Bytes of one configuration, a row per strategy: GB sent (10^9), GiB kept (2^30)."""
-    table = []
-    for name in config["strategies"]:
-        s = letters(name, config)
-        if s is None:
-            table.append({"strategy": name, "mesh": f"cannot stand on {config['world_size']} ranks"})
-            continue
-        block, step = of_block(name, s), of_step(name, s)
-        degrees = {"dp": s.dp, "tp": s.tp, "ulysses": s.u, "ring": s.r}
-        table.append(
-            {
-                "strategy": name,
-                "mesh": " ".join(f"{axis}={degree}" for axis, degree in degrees.items() if degree > 1),
-                "GB a block": f"{total(block) / 1e9:.3f}",
-                "activations": f"{total(block, weights=False) / 1e9:.3f}",
-                "weights": f"{total(block, weights=True) / 1e9:.3f}",
-                "GB a step": f"{total(step) / 1e9:.2f}",
-                "GiB for backward": f"{(s.layers * saved_by_block(name, s) + saved_by_ends(name, s)) / 2**30:.2f}",
-                "GiB of state": f"{sum(state(name, s).values()) / 2**30:.2f}",
-            }
-        )
+    table = [
+        {"strategy": name, **(numbers(here) if isinstance(here, Standing) else {"mesh": here})}
+        for name, here in found.items()
+    ]
     return pd.DataFrame(table).fillna("")
 
 
-def setting(config: dict) -> str:
+def numbers(here: Standing) -> dict[str, str]:
+    account, s = here.account, here.letters
+    block, step = account.of_block(s), account.of_step(s)
+    saved = s.layers * account.saved_by_block(s) + account.saved_by_ends(s)
+    return {
+        "mesh": labels.mesh(described(here.config)),
+        "GB a block": f"{total(block) / 1e9:.3f}",
+        "activations": f"{total(block, weights=False) / 1e9:.3f}",
+        "weights": f"{total(block, weights=True) / 1e9:.3f}",
+        "GB a step": f"{total(step) / 1e9:.2f}",
+        "GiB for backward": f"{saved / 2**30:.2f}",
+        "GiB of state": f"{sum(account.state(s).values()) / 2**30:.2f}",
+    }
+
+
+def setting(stand: Mapping[str, Standing]) -> str:
+    """What the rows have in common; single has one rank whatever the others have."""
+    config = max((here.config for here in stand.values()), key=lambda config: config.world_size)
     keys = ("seq_len", "world_size", "batch_size", "precision", "zero_stage", "recompute")
-    return f"model={config['model']['name']} " + " ".join(f"{key}={config[key]}" for key in keys)
+    return f"model={config.model.name} " + " ".join(f"{key}={getattr(config, key)}" for key in keys)
 
 
-def crossovers(config: dict) -> list[str]:
+def crossovers(stand: Mapping[str, Standing]) -> list[str]:
     """From or up to which length one strategy sends less than another, all else as it is. Bytes are linear in L."""
-    sent = {}
-    for name in config["strategies"]:
-        if name not in ("single", "zero") and (s := letters(name, config)) is not None:
-            at = [total(of_step(name, replace(s, L=length, mlp_chunks=1))) for length in (0, 2**20)]
-            sent[name] = at[0], (at[1] - at[0]) / 2**20
+    sent = {name: line(here) for name, here in stand.items() if name not in ("single", "zero")}
     sentences = []
     for a, b in itertools.combinations(sent, 2):
         (fixed_a, slope_a), (fixed_b, slope_b) = sent[a], sent[b]
@@ -211,3 +215,10 @@ def crossovers(config: dict) -> list[str]:
                 f"{low} sends less than {high} at every L" if length < 1 else f"{high} sends less than {low}"
             )
     return sentences
+
+
+def line(here: Standing) -> tuple[float, float]:
+    """Bytes of a step: what is sent at any length, and what each token adds."""
+    once, twice = (total(here.account.of_step(replace(here.letters, L=n, mlp_chunks=1))) for n in (2**20, 2**21))
+    slope = (twice - once) / 2**20
+    return once - slope * 2**20, slope

@@ -5,32 +5,21 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE / "plugins"))
-os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra's errors are ours to say, in one sentence
-
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
-
-from bench.config import Job, register, sentence
 
 
-@hydra.main(version_base="1.3", config_path=str(HERE.parent / "conf"), config_name="config")
-def main(composed: DictConfig) -> None:
-    from bench.app import run_one
+def main() -> None:
+    """The command line, of `python -m bench` and of the installed command `bench`."""
+    if sys.argv[1:] in (["--help"], ["-h"]):  # before Hydra, which takes longer to import than to read this
+        from bench.app.help import help
 
-    row = run_one(Job.of(composed, HydraConfig.get().overrides.task))
-    if row["status"] != "ok":
-        sys.exit(1)
+        print(help())
+        return
+    sys.path.append(str(HERE / "app" / "plugins"))
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra's errors are ours to say, in one sentence
+    from bench.app.command import run
+
+    run()
 
 
 if __name__ == "__main__":
-    register()
-    try:
-        main()
-    except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"bench: {sentence(error)}")
-    except KeyboardInterrupt:  # before the first configuration runs; later ones have their own answer
-        sys.exit(130)
+    main()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
-from models.config import ModelConfig
+from conf.keys import ModelConfig
 
 
 class Linear(nn.Linear):

@@ -19,14 +19,13 @@ The rules of every answer: gradients are SUMS over ranks, never averages, since 
 count once; verbs come from ops/collectives.py and name their axis; and nothing is kept whole that the card says is 1/N.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from math import prod
-from typing import ClassVar
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from conf.keys import Config, RingConfig, UlyssesConfig
 from strategies.ops.mesh import Axis, Mesh
 from strategies.ops.vocab import token_loss_sum
 from strategies.ops.weights import zero
@@ -34,90 +33,27 @@ from strategies.ops.weights import zero
 
 @dataclass
 class Options:
-    """What a strategy may be told beside its mesh, one field per configuration key."""
+    """What a strategy may be told beside its mesh: its kernel, and the keys of the configuration that are its own."""
 
-    kernel: object  # one of ops/kernels.py
+    kernel: Any  # one of ops/kernels.py
     compute_dtype: torch.dtype = torch.float32
     zero_stage: int = 3
-    ring_layout: str = "zigzag"
-    ring_grad_dtype: str = "fp32"
-    ring_kv: str = "rotate"
-    ulysses_packed: bool = False
-    ulysses_chunks: int = 1
+    ring: RingConfig = field(default_factory=RingConfig)
+    ulysses: UlyssesConfig = field(default_factory=UlyssesConfig)
 
-
-@dataclass
-class Shape:
-    """What the rules of a strategy are about: sizes that must divide by degrees."""
-
-    n_heads: int
-    n_kv_heads: int
-    seq_len: int
-    degrees: dict[str, int]  # of dp, ring, ulysses, tp
-    ring_layout: str = "zigzag"
-    ulysses_chunks: int = 1
-
-
-@dataclass
-class Rule:
-    """The value of configuration key `key` must satisfy `fits`, because `why`."""
-
-    key: str
-    value: int
-    why: str
-    fits: Callable[[int], bool]
-
-
-def multiple(key: str, value: int, of: int, names: str) -> Rule:
-    """`key` must be a multiple of a product of degrees."""
-    return Rule(key, value, f"must be a multiple of {names} = {of}", lambda v: v % of == 0)
-
-
-def sequence_rule(shape: Shape) -> Rule:
-    """seq_len in equal parts around the ring (two a rank in zigzag), each in equal parts over ulysses and tp."""
-    wide = [axis for axis in ("ring", "ulysses", "tp") if shape.degrees[axis] > 1]
-    parts = [2] if shape.ring_layout == "zigzag" and "ring" in wide else []
-    names = " * ".join([*map(str, parts), *(f"mesh.{axis}" for axis in wide)])
-    return multiple("seq_len", shape.seq_len, prod([*parts, *(shape.degrees[axis] for axis in wide)]), names)
-
-
-def heads_rule(key: str, degree: int, shape: Shape) -> Rule:
-    """Heads in equal parts, and kv heads in equal parts or in equally many copies."""
-
-    def fits(ranks: int) -> bool:
-        return shape.n_heads % ranks == 0 and (shape.n_kv_heads % ranks == 0 or ranks % shape.n_kv_heads == 0)
-
-    heads = f"model.n_heads = {shape.n_heads} and divide, or be a multiple of, model.n_kv_heads = {shape.n_kv_heads}"
-    return Rule(key, degree, f"must divide {heads}", fits)
-
-
-def head_chunks_rule(degree: int, shape: Shape) -> Rule:
-    """Each of `degree` ranks' heads, and kv heads (copies included), in equal chunks."""
-    heads, kv_heads = shape.n_heads // degree, max(1, shape.n_kv_heads // degree)
-    why = f"must divide a rank's heads in attention, {heads}, and its kv heads, {kv_heads}"
-    return Rule(
-        "ulysses.chunks", shape.ulysses_chunks, why, lambda chunks: heads % chunks == 0 and kv_heads % chunks == 0
-    )
+    @classmethod
+    def of(cls, config: Config, kernel: Any, compute_dtype: torch.dtype) -> "Options":
+        """Those of a configuration."""
+        told = {each.name: getattr(config, each.name) for each in fields(cls) if hasattr(config, each.name)}
+        return cls(kernel, compute_dtype, **told)
 
 
 class Strategy:
-    """Inherit, fill in the card, the axes and the four answers, and register in strategies/__init__.py."""
-
-    axes: ClassVar[tuple[str, ...]] = ()  # the mesh axes that it has beside dp
+    """Inherit, fill in the card and the four answers, and say in conf/meshes.py on which meshes it can stand."""
 
     def __init__(self, mesh: Mesh, options: Options) -> None:
         self.mesh, self.options = mesh, options
         self.dp, self.ring, self.ulysses, self.tp = mesh.dp, mesh.ring, mesh.ulysses, mesh.tp
-
-    @classmethod
-    def degrees(cls, free: int, left_open: list[str], shape: Shape) -> dict[str, int]:
-        """How `free` ranks are laid out along the axes that the user left open: the first takes all."""
-        return {left_open[0]: free}
-
-    @classmethod
-    def rules(cls, shape: Shape) -> list[Rule]:
-        """What must divide by what before a rank starts."""
-        return []
 
     def split(self, tokens: Tensor) -> Tensor:
         """[B, S] -> [B, S_local], this rank's tokens. Called for tokens, labels and positions alike."""
@@ -133,7 +69,7 @@ class Strategy:
 
     def core_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [B, S_local, H_tp, K], k and v [B, S_local, G_tp, K] -> [B, S_local, H_tp, K]: causal over all tokens."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no core_attention, and workload=attention measures it")
 
     def mlp(self, mlp: nn.Module, x: Tensor) -> Tensor:
         """x as the blocks pass it on -> the same shape."""

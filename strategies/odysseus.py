@@ -13,7 +13,6 @@ needs           n_heads % tp == 0; tp and n_kv_heads: one divides the other; seq
 
 from torch import Tensor, nn
 
-from strategies.base import Rule, Shape, heads_rule, sequence_rule
 from strategies.ops.layouts import ring_split
 from strategies.ops.linear import SEQUENCE
 from strategies.ops.mesh import everyone
@@ -23,22 +22,8 @@ from strategies.tp_sp import TPSP
 
 
 class Odysseus(TPSP):
-    axes = ("tp", "ring")
-
-    @classmethod
-    def degrees(cls, free: int, left_open: list[str], shape: Shape) -> dict[str, int]:
-        """The widest tp that the heads allow, and the rest for the ring."""
-        if len(left_open) == 1:
-            return {left_open[0]: free}
-        tp = next(t for t in range(free, 0, -1) if free % t == 0 and heads_rule("mesh.tp", t, shape).fits(t))
-        return {"tp": tp, "ring": free // tp}
-
-    @classmethod
-    def rules(cls, shape: Shape) -> list[Rule]:
-        return [heads_rule("mesh.tp", shape.degrees["tp"], shape), sequence_rule(shape)]
-
     def split(self, tokens: Tensor) -> Tensor:
-        return ring_split(tokens, SEQUENCE, self.options.ring_layout, self.ring)
+        return ring_split(tokens, SEQUENCE, self.options.ring.layout, self.ring)
 
     def shard(self, model: nn.Module) -> None:
         self.everyone = everyone(self.mesh)

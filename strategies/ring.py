@@ -12,7 +12,7 @@ needs           seq_len % 2N == 0 for zigzag, seq_len % N == 0 for contiguous an
 
 from torch import Tensor, nn
 
-from strategies.base import Rule, Shape, Strategy, sequence_rule
+from strategies.base import Strategy
 from strategies.ops.layouts import ring_split
 from strategies.ops.ring_attention import ring_attention
 
@@ -20,14 +20,8 @@ SEQUENCE = 1
 
 
 class Ring(Strategy):
-    axes = ("ring",)
-
-    @classmethod
-    def rules(cls, shape: Shape) -> list[Rule]:
-        return [sequence_rule(shape)]
-
     def split(self, tokens: Tensor) -> Tensor:
-        return ring_split(tokens, SEQUENCE, self.options.ring_layout, self.ring)
+        return ring_split(tokens, SEQUENCE, self.options.ring.layout, self.ring)
 
     def shard(self, model: nn.Module) -> None:
         self.zero_model(model)

@@ -12,15 +12,11 @@ needs           world_size 1
 
 from torch import Tensor, nn
 
-from strategies.base import Rule, Shape, Strategy
+from strategies.base import Strategy
 from strategies.ops.kernels import attend
 
 
 class Single(Strategy):
-    @classmethod
-    def rules(cls, shape: Shape) -> list[Rule]:
-        return [Rule("world_size", shape.degrees["dp"], "must be 1 for single", lambda n: n == 1)]
-
     def split(self, tokens: Tensor) -> Tensor:
         return tokens
 

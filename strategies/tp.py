@@ -12,7 +12,7 @@ needs           n_heads % N == 0; N and n_kv_heads: one divides the other
 
 from torch import Tensor, nn
 
-from strategies.base import Rule, Shape, Strategy, heads_rule
+from strategies.base import Strategy
 from strategies.ops.collectives import all_reduce, copy
 from strategies.ops.kernels import attend
 from strategies.ops.mesh import neighbours
@@ -21,12 +21,6 @@ from strategies.ops.weights import column, column_heads, row
 
 
 class TP(Strategy):
-    axes = ("tp",)
-
-    @classmethod
-    def rules(cls, shape: Shape) -> list[Rule]:
-        return [heads_rule("mesh.tp", shape.degrees["tp"], shape)]
-
     def split(self, tokens: Tensor) -> Tensor:
         return tokens
 

@@ -12,7 +12,6 @@ needs           n_heads % N == 0; N and n_kv_heads: one divides the other; seq_l
 
 from torch import Tensor, nn
 
-from strategies.base import Rule, Shape, multiple
 from strategies.ops.collectives import reduce_scatter
 from strategies.ops.linear import SEQUENCE, gathered_linear
 from strategies.ops.vocab import vocab_embedding, vocab_loss_sum
@@ -21,10 +20,6 @@ from strategies.tp import TP
 
 
 class TPSP(TP):
-    @classmethod
-    def rules(cls, shape: Shape) -> list[Rule]:
-        return [*super().rules(shape), multiple("seq_len", shape.seq_len, shape.degrees["tp"], "mesh.tp")]
-
     def shard(self, model: nn.Module) -> None:
         for block in model.blocks:
             partial_gradients(block.attn_norm, self.tp)

@@ -15,40 +15,19 @@ needs           n_heads % (tp ulysses) == 0; tp ulysses and n_kv_heads: one divi
 
 from torch import Tensor
 
-from strategies.base import Rule, Shape, head_chunks_rule, heads_rule, sequence_rule
 from strategies.ops.layouts import ring_split
 from strategies.ops.ring_attention import ring_attention
 from strategies.tp_sp import TPSP
-from strategies.ulysses import SEQUENCE, to_heads, to_tokens
+from strategies.ulysses import SEQUENCE, through_heads
 
 
 class TPUSP(TPSP):
-    axes = ("tp", "ulysses", "ring")
-
-    @classmethod
-    def degrees(cls, free: int, left_open: list[str], shape: Shape) -> dict[str, int]:
-        """Two ranks for each open axis, as far as they go, and the rest for the ring: no number of heads limits it."""
-        degrees = {}
-        for axis in left_open:
-            degrees[axis] = 2 if free % 2 == 0 else 1
-            free //= degrees[axis]
-        degrees["ring" if "ring" in left_open else left_open[0]] *= free
-        return degrees
-
-    @classmethod
-    def rules(cls, shape: Shape) -> list[Rule]:
-        degree = shape.degrees["tp"] * shape.degrees["ulysses"]
-        return [
-            heads_rule("mesh.ulysses * mesh.tp", degree, shape),
-            head_chunks_rule(degree, shape),
-            sequence_rule(shape),
-        ]
-
     def split(self, tokens: Tensor) -> Tensor:
-        around = ring_split(tokens, SEQUENCE, self.options.ring_layout, self.ring)
+        around = ring_split(tokens, SEQUENCE, self.options.ring.layout, self.ring)
         return around.chunk(self.ulysses.size, SEQUENCE)[self.ulysses.rank]
 
-    def core_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        arriving = to_heads(q, k, v, self.ulysses, self.options)
-        outs = (ring_attention(*chunk(), self.ring, self.options) for chunk in arriving)  # [B, S_ring, H_tp_ulysses, K]
-        return to_tokens(outs, self.ulysses)  # -> [B, S_sp, H_tp, K]
+    def core_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [B, S_sp, H_tp, K]
+        return through_heads(q, k, v, self.ulysses, self.options, self.inner_attention)
+
+    def inner_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [B, S_ring, H_tp_ulysses, K]
+        return ring_attention(q, k, v, self.ring, self.options)

@@ -12,14 +12,9 @@ needs           nothing of heads or seq_len; a batch smaller than N leaves ranks
 
 from torch import nn
 
-from strategies.base import Rule, Shape
 from strategies.single import Single
 
 
 class Zero(Single):
-    @classmethod
-    def rules(cls, shape: Shape) -> list[Rule]:
-        return []
-
     def shard(self, model: nn.Module) -> None:
         self.zero_model(model)

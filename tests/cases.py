@@ -3,7 +3,19 @@
 import itertools
 from dataclasses import dataclass
 
-LAYOUTS = ("contiguous", "zigzag", "striped")
+from conf.keys import (
+    Config,
+    LossConfig,
+    MeshConfig,
+    MlpConfig,
+    ModelConfig,
+    RingConfig,
+    StrategyConfig,
+    UlyssesConfig,
+    keys,
+)
+
+LAYOUTS = keys()["ring.layout"].choices
 
 
 @dataclass(frozen=True)
@@ -29,10 +41,8 @@ class Case:
     def options(self) -> dict:
         """The strategy's options that differ from case to case."""
         return {
-            "ring_layout": self.layout,
-            "ring_kv": self.kv,
-            "ulysses_packed": self.packed,
-            "ulysses_chunks": self.head_chunks,
+            "ring": RingConfig(self.layout, self.kv),
+            "ulysses": UlyssesConfig(self.packed, self.head_chunks),
             "zero_stage": self.zero_stage,
         }
 
@@ -112,27 +122,37 @@ CASES = [Case("single"), *cases(2), *cases(4), *cases(8)]
 HEADS = {"mha": 8, "gqa": 4, "few_kv": 2}  # n_kv_heads of 8 heads; few_kv: fewer than most degrees
 
 
-def config_of(case: Case, sizes: dict, batch_size: int, seq_len: int, precision: str = "fp32", **changes) -> dict:
-    """A case as a resolved configuration, as far as it is read where no rank is launched."""
-    return {
-        "strategy": {"name": case.strategy},
-        "mesh": case.degrees,
-        "ring": {"layout": case.layout, "grad_dtype": changes.get("ring_grad_dtype", "fp32"), "kv": case.kv},
-        "ulysses": {"packed": case.packed, "chunks": case.head_chunks},
-        "model": {"head_dim": sizes["dim"] // sizes["n_heads"], "tie_embeddings": False, **sizes},
-        "mlp": {"chunks": case.mlp_chunks},
-        "loss": {"chunks": case.loss_chunks},
-        "attention": {"kernel": "auto"},
-        "optim": {"lr": 3e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "grad_clip": 1.0},
-        "workload": "step",
-        "mode": "simulate",
-        "device": "cpu",
-        "full_depth": changes.get("full_depth", False),
-        "placement": case.placement,
-        "seq_len": seq_len,
-        "batch_size": batch_size,
-        "precision": precision,
-        "recompute": "block" if case.recompute else "none",
-        "compile": False,
-        "zero_stage": case.zero_stage,
-    }
+def sized(**sizes) -> ModelConfig:
+    """A model of these sizes, its head_dim dim / n_heads unless said."""
+    plain = {"head_dim": sizes["dim"] // sizes["n_heads"], "tie_embeddings": False, "norm_eps": 1e-5}
+    return ModelConfig(**{**plain, "rope_theta": 10000.0, **sizes})
+
+
+def config_of(
+    case: Case,
+    sizes: dict,
+    batch_size: int,
+    seq_len: int,
+    precision: str = "fp32",
+    ring_grad_dtype: str = "fp32",
+    full_depth: bool = False,
+) -> Config:
+    """A case as a resolved configuration, to simulate or to ask the account for."""
+    return Config(
+        strategy=StrategyConfig(case.strategy),
+        mesh=MeshConfig(**case.degrees),
+        world_size=case.world_size,
+        ring=RingConfig(case.layout, case.kv, ring_grad_dtype),
+        ulysses=UlyssesConfig(case.packed, case.head_chunks),
+        model=sized(**sizes),
+        mlp=MlpConfig(case.mlp_chunks),
+        loss=LossConfig(case.loss_chunks),
+        mode="simulate",
+        full_depth=full_depth,
+        placement=case.placement,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        precision=precision,
+        recompute="block" if case.recompute else "none",
+        zero_stage=case.zero_stage,
+    )

@@ -3,27 +3,27 @@
 import torch
 
 import strategies
-from bench.build import initial
-from bench.config import OptimSection
-from bench.memory import MemoryLog, Peak
-from bench.observe import Observed, observe
-from bench.training import PRECISIONS, Training
-from models.config import ModelConfig
+from bench.instruments.memory import MemoryLog
+from bench.instruments.observe import Observed, observe
+from bench.workloads.build import initial
+from bench.workloads.training import PRECISIONS, Training
+from conf.keys import OptimConfig
+from conf.measurement import Entry, Peak
 from strategies.base import Options
 from strategies.ops.kernels import pick_kernel
-from tests.cases import Case
+from tests.cases import Case, sized
 
 
 def build(case: Case, sizes: dict, batch: int, seq_len: int, dtype: str = "fp32", **options) -> tuple[Training, object]:
     """A Training of a small random model, and a batch."""
-    config = ModelConfig(**sizes)
+    config = sized(**sizes)
     dtypes = PRECISIONS[dtype]
     kernel = pick_kernel("auto", "cpu", dtypes[1], config.head_dim)
     chosen = Options(kernel, dtypes[1], **{**case.options, **options})
     training = Training(
         config,
         strategies.build(case.strategy, case.degrees, chosen, placement=case.placement),
-        OptimSection(),
+        OptimConfig(),
         dtypes=dtypes,
         **case.model,
     ).load(lambda name, shape: initial(name, shape, 0, "cpu"))
@@ -44,7 +44,7 @@ def observed(training: Training, batch) -> Observed:
     return observe(training, batch, MemoryLog("cpu", training.state()))
 
 
-def ledger(*args, **options) -> list[dict]:
+def ledger(*args, **options) -> list[Entry]:
     """The lines of comm.csv of one step, on this rank."""
     training, placed = build(*args, **options)
     training.warm()

@@ -41,7 +41,7 @@ trained = {}
 def prepare(rank: int, case: Case) -> float:
     """Train one step, count another, keep the state for more -> bytes in this rank's ledger."""
     trained[case] = instruments.train(case, SIZES, 2, 256)
-    return sum(entry["sent_bytes"] for entry in instruments.observed(*trained[case]).comm)
+    return sum(entry.sent_bytes for entry in instruments.observed(*trained[case]).comm)
 
 
 def steps(rank: int, case: Case) -> None:

@@ -8,7 +8,7 @@ import traceback
 from datetime import timedelta
 from multiprocessing.connection import wait
 
-from bench.launch import start_server
+from bench.ranks.launch import start_server
 
 TIMEOUT_S = 120
 
@@ -100,11 +100,14 @@ def standing_for(rank: int, world_size: int, device: str = "cpu"):
     from torch import distributed
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-    from bench.emulated import stand_for
+    from bench.simulation.emulated import stand_for
     from strategies.ops import mesh
+    from strategies.ops.hooks import hooks
 
+    hanging = hooks.backend_of
     stand_for(rank, world_size, device)
     yield
+    hooks.backend_of = hanging
     distributed.destroy_process_group()
     mesh.axis_of.cache_clear()
     _clear_sharding_prop_cache()  # DTensor remembers meshes that are equal to the next ones, with groups that are gone

@@ -7,17 +7,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 import strategies
-from bench.config import OptimSection
-from bench.training import PRECISIONS, Batch, Training
-from models.checkpoint import Checkpoint, read_config, their_name
-from models.config import ModelConfig
-from strategies import STRATEGIES, base, tp, tp_sp
+from bench.workloads.training import PRECISIONS, Batch, Training
+from conf.huggingface import read_config
+from conf.keys import OptimConfig
+from models.checkpoint import Checkpoint, their_name
+from strategies import base, tp, tp_sp
 from strategies.base import Options
 from strategies.ops.kernels import pick_kernel
 from strategies.ops.mesh import Axis, Mesh
 from strategies.ops.weights import in_whole, local, owned
-from strategies.peers.peer import Peer
-from tests.cases import Case
+from tests.cases import Case, sized
 
 SEQ_LEN = 32  # two tokens a zigzag chunk on 8 ranks
 
@@ -59,7 +58,7 @@ def make_batch(batch_size: int, vocab_size: int, silent: Tensor | None, seed: in
 def positions_of_first_rank(case: Case) -> Tensor:
     """The tokens that rank 0 owns: silencing them leaves one shard without a valid label."""
     axes = {axis: Axis(axis, size) for axis, size in case.degrees.items()}
-    strategy = STRATEGIES[case.strategy](Mesh(**axes, zero=Axis("zero")), Options(None, ring_layout=case.layout))
+    strategy = strategies.load(case.strategy)(Mesh(**axes, zero=Axis("zero")), Options(None, **case.options))
     positions = strategy.split(torch.arange(SEQ_LEN)[None])[0]
     return positions if len(positions) < SEQ_LEN else positions[: SEQ_LEN // 4]
 
@@ -90,20 +89,20 @@ def hugging_face(folder: str, tokens: Tensor, labels: Tensor, dtype=torch.float3
 def names(folder: str) -> list[str]:
     from models.checkpoint import parameter_shapes
 
-    return list(parameter_shapes(ModelConfig(**read_config(folder))))
+    return list(parameter_shapes(sized(**read_config(folder))))
 
 
 def build(
     case: Case, folder: str, dtypes=PRECISIONS["fp32"], kernel: str = "auto", compiled: bool = False, **options
 ) -> Training:
     """A rank's Training of a case, from a checkpoint."""
-    config = ModelConfig(**read_config(folder))
+    config = sized(**read_config(folder))
     checkpoint = Checkpoint(folder)
     chosen = Options(pick_kernel(kernel, "cpu", dtypes[1], config.head_dim), dtypes[1], **{**case.options, **options})
     return Training(
         config,
         strategies.build(case.strategy, case.degrees, chosen, placement=case.placement),
-        OptimSection(lr=1e-3, grad_clip=0.5),
+        OptimConfig(lr=1e-3, grad_clip=0.5),
         dtypes=dtypes,
         **case.model,
         compiled=compiled,
@@ -118,7 +117,8 @@ def run_case(training: Training, tokens: Tensor, labels: Tensor) -> Result | Non
     training.backward(loss)
     (total,) = training.global_loss(loss.detach()[None])
     parts = gradients(training)
-    if recorded or not isinstance(training.strategy, Peer):  # a peer may have a loss of its own, ours never
+    is_peer = type(training.strategy).__module__.startswith("strategies.peers.")
+    if recorded or not is_peer:  # a peer may have a loss of its own, ours never
         parts["logits"] = whole_logits(training, batch, recorded, tokens.shape)
     grads = together(parts)
     return Result(total, grads.pop("logits", None), grads) if rank() == 0 else None

@@ -11,21 +11,27 @@ from pathlib import Path
 
 import pytest
 
-from strategies import STRATEGIES
+import strategies
+from conf.meshes import STRATEGIES, heads, sequence
 from tests import instruments
 from tests.cases import CASES, Case
 from tests.ranks import on_ranks
 from tests.test_ledger import SIZES
 
 ROOT = Path(__file__).parents[1]
-ALLOWED = {  # a folder -> the folders of this project that it may import
-    "strategies/ops": {"strategies/ops"},
-    "strategies": {"strategies", "strategies/ops"},
-    "models": {"models"},
-    "bench": {"bench", "models", "strategies", "strategies/ops", "analysis"},
-    "analysis": {"analysis"},
+ALLOWED = {  # a folder -> the folders of this project that it may import, beside itself
+    "conf": set(),
+    "strategies/ops": {"conf"},
+    "strategies": {"conf", "strategies/ops"},
+    "models": {"conf"},
+    "bench/instruments": {"conf", "strategies", "strategies/ops"},
+    "bench/workloads": {"conf", "strategies", "strategies/ops", "models", "bench/instruments"},
+    "bench/simulation": {"conf", "strategies/ops", "bench/instruments", "bench/workloads"},
+    "bench/ranks": {"conf", "models", "strategies/ops", "bench/instruments", "bench/workloads", "bench/simulation"},
+    "bench/app": {"conf", "models", "bench/workloads", "bench/simulation", "bench/ranks", "analysis"},
+    "analysis": {"conf"},
 }
-ONLY_FROM_ANALYSIS = {"analysis.cost_table"}  # the prediction that a row is printed beside
+ONLY_FROM_ANALYSIS = {"analysis.accounts"}  # the prediction that a row is printed beside
 MAY_INHERIT = {
     "Zero": "Single",
     "TPSP": "TP",
@@ -46,37 +52,48 @@ def imports(file: Path) -> list[str]:
     return found
 
 
-def folder_of(module: str) -> str | None:
-    """The folder of this project that a module belongs to."""
-    if module.startswith("strategies.ops"):
-        return "strategies/ops"
-    top = module.partition(".")[0]
-    return top if top in ALLOWED else None
+def folder_of(path: str) -> str | None:
+    """The folder of ALLOWED that a file or a module is in, the innermost; None for other people's."""
+    inside = [folder for folder in ALLOWED if path == folder or path.startswith(f"{folder}/")]
+    return max(inside, key=len, default=None)
 
 
 @pytest.mark.parametrize("folder", ALLOWED)
 def test_imports_run_one_way(folder):
     for file in (ROOT / folder).rglob("*.py"):
-        if folder == "strategies" and "ops" in file.parts:
+        if folder_of(str(file.relative_to(ROOT))) != folder:
             continue
         for module in imports(file):
-            where = folder_of(module)
-            assert where is None or where in ALLOWED[folder], f"{file.relative_to(ROOT)} imports {module}"
-            if folder == "bench" and where == "analysis":
+            where = folder_of(module.replace(".", "/"))
+            assert where in {None, folder, *ALLOWED[folder]}, f"{file.relative_to(ROOT)} imports {module}"
+            if folder == "bench/app" and where == "analysis":
                 assert module in ONLY_FROM_ANALYSIS
 
 
-def test_the_model_knows_no_rank_and_analysis_no_torch():
+def test_who_asks_and_who_reads_needs_no_torch():
+    """Nor does the parent of the ranks, until it must count GPUs: whoever asks need not wait for torch."""
+    for folder in ("conf", "analysis"):
+        for file in (ROOT / folder).rglob("*.py"):
+            assert not any(module.partition(".")[0] in ("torch", "strategies") for module in imports(file)), file
+    code = "import sys, bench.app.sweep, conf.compose; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_the_model_knows_no_rank():
     for file in (ROOT / "models").glob("*.py"):
         assert "torch.distributed" not in file.read_text()
-    for file in (ROOT / "analysis").glob("*.py"):
-        assert not any(module.partition(".")[0] == "torch" for module in imports(file))
 
 
 def test_strategies_inherit_only_where_the_papers_do():
-    for strategy in STRATEGIES.values():
+    for name in STRATEGIES:
+        strategy = strategies.load(name)
         (parent,) = strategy.__bases__
         assert parent.__name__ == MAY_INHERIT.get(strategy.__name__, "Strategy")
+
+
+def test_every_strategy_is_a_file_and_every_file_a_strategy():
+    files = {file.stem for file in (ROOT / "strategies").glob("*.py")} - {"__init__", "base"}
+    assert files == set(STRATEGIES)
 
 
 LINES = ["paper", "tokens", "weights", "attention", "mlp", "embedding, head", "communication", "needs"]
@@ -84,9 +101,17 @@ LINES = ["paper", "tokens", "weights", "attention", "mlp", "embedding, head", "c
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_the_card_has_every_line(name):
-    card = inspect.getmodule(STRATEGIES[name]).__doc__
+    card = inspect.getmodule(strategies.load(name)).__doc__
     assert card.startswith(f"{name}: ")
     assert [label for label in LINES if re.search(rf"^{label}\s", card, re.MULTILINE)] == LINES
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_the_card_says_what_the_mesh_needs(name):
+    """In words what conf/meshes.py has as rules."""
+    needs = re.search(r"^needs\s+(.*)", inspect.getmodule(strategies.load(name)).__doc__, re.MULTILINE | re.DOTALL)[1]
+    assert ("n_heads %" in needs) == (heads in STRATEGIES[name].needs)
+    assert ("seq_len %" in needs) == (sequence in STRATEGIES[name].needs)
 
 
 KIND_OF = {"AG": "all_gather", "RS": "reduce_scatter", "AR": "all_reduce", "A2A": "all_to_all"}
@@ -94,7 +119,7 @@ KIND_OF = {"AG": "all_gather", "RS": "reduce_scatter", "AR": "all_reduce", "A2A"
 
 def card_calls(name: str, case: Case) -> dict[tuple[str, str], int]:
     """The card's communication line as calls per block: '2 AG(D) + RS(D)' -> two all_gathers, one reduce_scatter."""
-    card = inspect.getmodule(STRATEGIES[name]).__doc__
+    card = inspect.getmodule(strategies.load(name)).__doc__
     line = re.search(r"^communication\s+(.*?)^needs", card, re.MULTILINE | re.DOTALL)[1]
     forward, backward = re.search(r"forward: (.*);\s+backward: (.*)", " ".join(line.split())).groups()
     if "the same with" in backward:  # usp: forward's, and more
@@ -114,8 +139,8 @@ def counted_calls(rank: int, case: Case) -> dict[tuple[str, str], int]:
     calls: dict[tuple[str, str], int] = {}
     for n_layers, sign in ((2, 1), (1, -1)):
         for entry in instruments.ledger(case, {**SIZES, "n_kv_heads": 8, "n_layers": n_layers}, 4, 32):
-            key = entry["phase"], entry["kind"]
-            calls[key] = calls.get(key, 0) + sign * entry["calls"]
+            key = entry.phase, entry.kind
+            calls[key] = calls.get(key, 0) + sign * entry.calls
     return {key: count for key, count in calls.items() if count}
 
 
@@ -129,24 +154,34 @@ def test_the_card_says_what_is_sent(name):
     assert on_ranks(case.world_size, counted_calls, case)[0] == card_calls(name, case)
 
 
-def test_adding_a_strategy_is_what_the_readme_says(tmp_path):
-    """Follows the README's section to the letter, in a copy: its files, its line in the registry, its command."""
-    section = (ROOT / "README.md").read_text().partition("## Add a strategy")[2].partition("\n## ")[0]
+def test_adding_a_strategy_is_what_contributing_says(tmp_path):
+    """Follows the section to the letter, in a copy: its files, its line in the registry, its commands."""
+    section = (ROOT / "CONTRIBUTING.md").read_text().partition("## Add a strategy")[2].partition("\n## ")[0]
     copy = tmp_path / "project"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "*_cache", "__pycache__"))
-    files = re.findall(r"`([\w/.]+)`[^`\n]*:\n+```(?:python|yaml)\n(.*?)```", section, re.DOTALL)
+    files = re.findall(r"`([\w/.]+)`[^`\n]*:\n+```python\n(.*?)```", section, re.DOTALL)
     assert [name for name, _ in files] == [
         "strategies/gather_all.py",
-        "strategies/__init__.py",
-        "conf/strategy/gather_all.yaml",
+        "conf/meshes.py",
+        "analysis/accounts/gather_all.py",
     ]
     for name, text in files:
         target = copy / name
         target.write_text(target.read_text() + text if target.exists() else text)
-    (command,) = re.findall(r"```bash\n(python -m bench .*?)\n```", section)
     environment = {**os.environ, "PYTHONPATH": str(copy)}
-    arguments = [sys.executable, *command.split()[1:]]
-    result = subprocess.run(arguments, cwd=copy, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    losses = set(re.findall(r"\d+\.\d{4} → \d+\.\d{4}", result.stdout))
+
+    def run(command: str) -> str:
+        arguments = [sys.executable, *command.split()[1:]]
+        result = subprocess.run(arguments, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    (commands,) = re.findall(r"```bash\n(python -m bench .*?)```", section, re.DOTALL)
+    sweep, *others = commands.strip().splitlines()
+    losses = set(re.findall(r"\d+\.\d{4} → \d+\.\d{4}", run(sweep)))
     assert len(losses) == 1, "the new strategy does not train like single"
+    table, report, sources = (run(command) for command in others)
+    assert "gather_all" in table
+    page = (copy / report.strip()).read_text()
+    assert "≠" not in page
+    assert "gather_all" in (copy / sources.strip()).read_text()

@@ -8,13 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import strategies
+from conf.keys import RingConfig, UlyssesConfig
 from strategies.base import Options
 from strategies.ops import collectives
 from strategies.ops.collectives import Flight
 from strategies.ops.kernels import Math, SdpaCpu, pick_kernel
-from strategies.ops.layouts import LAYOUTS, ring_split, visible
+from strategies.ops.layouts import ring_split, visible
 from strategies.ops.mesh import Axis
 from strategies.ops.ring_attention import merge
+from tests.cases import LAYOUTS
 from tests.ranks import on_ranks, standing_for
 from tests.reference import distance
 
@@ -136,7 +138,7 @@ def ring_error(rank: int, layout: str, size: int) -> tuple[float, list[float]] |
     out.backward(whole[3])
     mine = [ring_split(t.float(), 1, layout, axis) for t in whole]
     leaves = [t.clone().requires_grad_() for t in mine[:3]]
-    ours = ring_attention(*leaves, axis, Options(SdpaCpu(), ring_layout=layout))
+    ours = ring_attention(*leaves, axis, Options(SdpaCpu(), ring=RingConfig(layout)))
     ours.backward(mine[3])
     want = [ring_split(t, 1, layout, axis) for t in (out.detach(), *(t.grad for t in exact))]
     got = [ours.detach(), *(t.grad for t in leaves)]
@@ -159,7 +161,7 @@ def test_auto_picks_what_runs():
         pick_kernel("flash_attn", "cpu", torch.float32, 64)
 
 
-def in_flight_beside_the_kernel(head_chunks: int) -> list[int]:
+def in_flight_beside_the_kernel(name: str, ring: int, head_chunks: int) -> list[int]:
     """How many exchanges are on their way at each call of the kernel, forward and then backward."""
     flying, seen = 0, []
 
@@ -183,16 +185,21 @@ def in_flight_beside_the_kernel(head_chunks: int) -> list[int]:
             seen.append(flying)
             return super().backward(*args, **kwargs)
 
-    with standing_for(0, 2), patch.object(collectives, "Flight", Flying):
-        options = Options(Looking(), ulysses_chunks=head_chunks)
-        strategy = strategies.build("ulysses", {"ulysses": 2}, options)
+    with standing_for(2 * ring - 1, 2 * ring), patch.object(collectives, "Flight", Flying):
+        options = Options(Looking(), ulysses=UlyssesConfig(chunks=head_chunks))
+        strategy = strategies.build(name, {"ulysses": 2, "ring": ring}, options)
         q, k, v, grad = inputs(1, 16, (8, 4), 8)
         strategy.core_attention(*(t.requires_grad_() for t in (q, k, v))).backward(grad)
     assert flying == 0
     return seen
 
 
-def test_one_chunk_of_heads_is_exchanged_while_another_is_computed():
-    """Forward: the second's q, k and v, then the first's output. Backward: its gradient, then those of the second's."""
-    assert in_flight_beside_the_kernel(1) == [0, 0]
-    assert in_flight_beside_the_kernel(2) == [3, 1, 1, 3]
+@pytest.mark.parametrize(("name", "ring"), [("ulysses", 1), ("usp", 1), ("usp", 2), ("tp_usp", 1), ("tp_usp", 2)])
+def test_one_chunk_of_heads_is_exchanged_while_another_is_computed(name, ring):
+    """Forward: the second's q, k and v, then the first's output. Backward: its gradient, then those of the second's.
+
+    Around a ring the kernel is called for every block that visits.
+    """
+    assert in_flight_beside_the_kernel(name, ring, 1) == [0] * 2 * ring
+    expected = [flying for flying in (3, 1, 1, 3) for _ in range(ring)]
+    assert in_flight_beside_the_kernel(name, ring, 2) == expected

@@ -7,13 +7,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from bench.check import Invalid, resolve
-from bench.worker import save
+from bench.app.row import resolved_here
+from bench.ranks.worker import save
+from conf.huggingface import CheckpointError, read_config
+from conf.keys import Config
+from conf.words import Invalid
 from models import checkpoint
-from models.checkpoint import Checkpoint, CheckpointError, read_config
-from models.config import ModelConfig
+from models.checkpoint import Checkpoint
 from tests import reference
-from tests.cases import Case
+from tests.cases import Case, sized
 from tests.jobs import job
 from tests.ranks import on_ranks
 
@@ -61,7 +63,7 @@ def train_and_save(rank: int, case: Case, folder: str, target: str) -> None:
     for seed in range(2):
         training.backward(training.forward(training.place(*reference.make_batch(2, 67, None, seed))))
         training.update()
-    save(training, {"save_path": target, "precision": "fp32"}, rank)
+    save(training, Config(save_path=target), rank)
 
 
 @pytest.mark.parametrize(
@@ -84,8 +86,8 @@ def test_trained_weights_are_written_back(case, heads, checkpoints, tmp_path, mo
 
 def held_while_loading(rank: int, folder: str) -> tuple[int, int, int]:
     """The most bytes that loading held at once, this rank's share, and the largest tensor."""
-    from bench.memory import MemoryLog
-    from bench.observe import Instruments
+    from bench.instruments.memory import MemoryLog
+    from bench.instruments.observe import Instruments
 
     mapped = Checkpoint.tensor
 
@@ -112,24 +114,24 @@ def test_bfloat16_under_fp32_is_fine_and_said(tmp_path):
 
     whole = reference.make_checkpoint(str(tmp_path / "fp32"), vocab_size=256)
     LlamaForCausalLM.from_pretrained(whole, dtype=torch.bfloat16).save_pretrained(tmp_path / "bf16")
-    config = resolve(job("model=hf", f"model.path={tmp_path}/bf16").config)
-    assert config["notes"] == ["the bfloat16 checkpoint was read into fp32"]
+    resolved = resolved_here(job("model=hf", f"model.path={tmp_path}/bf16").config)
+    assert resolved.notes == ["the bfloat16 checkpoint was read into fp32"]
 
 
 def test_a_missing_tensor_a_torn_file_and_a_foreign_model_are_named(tmp_path):
     folder = Path(reference.make_checkpoint(str(tmp_path), vocab_size=256))
     with pytest.raises(Invalid, match=r"tensor model.layers.2.input_layernorm.weight is missing"):
-        resolve(job("model=hf", f"model.path={folder}", "model.n_layers=3").config)
+        resolved_here(job("model=hf", f"model.path={folder}", "model.n_layers=3").config)
     with pytest.raises(CheckpointError, match=r"q_proj.weight is \(64, 64\), the model has \(128, 64\)"):
-        Checkpoint(str(folder)).check(ModelConfig(**{**read_config(str(folder)), "head_dim": 16}))
+        Checkpoint(str(folder)).check(sized(**{**read_config(str(folder)), "head_dim": 16}))
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(Invalid, match=r"model.safetensors: torn or not a safetensors file"):
-        resolve(job("model=hf", f"model.path={folder}").config)
+        resolved_here(job("model=hf", f"model.path={folder}").config)
     file.unlink()
     with pytest.raises(Invalid, match=r"no \*.safetensors file there"):
-        resolve(job("model=hf", f"model.path={folder}").config)
+        resolved_here(job("model=hf", f"model.path={folder}").config)
     theirs = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**theirs, "model_type": "mistral"}))
     with pytest.raises(Invalid, match="model_type is 'mistral', and only 'llama' can be read"):
-        resolve(job("model=hf", f"model.path={folder}").config)
+        resolved_here(job("model=hf", f"model.path={folder}").config)

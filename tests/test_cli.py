@@ -10,9 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import app, records
-from bench.check import Invalid, resolve
-from strategies import ALL
+from bench.app import records
+from bench.app import sweep as app
+from bench.app.row import resolved_here
+from conf.columns import COMM_COLUMNS, KINDS, csv_columns
+from conf.meshes import names
+from conf.words import Invalid
 from tests.jobs import QUICK, job
 
 ROOT = Path(__file__).parents[1]
@@ -65,7 +68,7 @@ WRONG = {  # overrides -> what the one sentence says
 @pytest.mark.parametrize("overrides", WRONG)
 def test_a_mistake_is_named_with_what_would_do(overrides):
     with pytest.raises(Invalid) as refused:
-        resolve(job(*overrides.split()).config)
+        resolved_here(job(*overrides.split()).config)
     sentence = str(refused.value)
     assert WRONG[overrides] in sentence
     assert "\n" not in sentence
@@ -75,10 +78,10 @@ def test_more_steps_than_tokens(tmp_path):
     np.save(tmp_path / "few.npy", np.arange(200) % 256)
     np.save(tmp_path / "fewer.npy", np.arange(100))
     with pytest.raises(Invalid, match=r"steps=2 needs 193 tokens.*has 100; a smaller seq_len would do"):
-        resolve(job("data=tokens", f"data.path={tmp_path}/fewer.npy").config)
+        resolved_here(job("data=tokens", f"data.path={tmp_path}/fewer.npy").config)
     with pytest.raises(Invalid, match=r"steps=5 needs 385 tokens.*has 200; steps=2 would do"):
-        resolve(job("data=tokens", f"data.path={tmp_path}/few.npy", "steps=5").config)
-    resolve(job("data=tokens", f"data.path={tmp_path}/few.npy").config)
+        resolved_here(job("data=tokens", f"data.path={tmp_path}/few.npy", "steps=5").config)
+    resolved_here(job("data=tokens", f"data.path={tmp_path}/few.npy").config)
 
 
 def bench(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
@@ -107,7 +110,7 @@ def test_hydra_refuses_in_one_sentence(arguments, says, tmp_path):
 
 def test_help_explains_keys_and_groups(tmp_path):
     text = bench("--help", cwd=tmp_path).stdout
-    assert f"strategy: {', '.join(sorted(ALL))}" in text
+    assert f"strategy: {', '.join(sorted(names()))}" in text
     assert "seq_len: 512" in text
 
 
@@ -117,7 +120,7 @@ def test_a_single_run_is_a_row_that_its_command_reproduces(tmp_path):
     folder = tmp_path / "runs" / "one"
     with open(folder / "results.csv", newline="") as file:
         (row,) = csv.DictReader(file)
-    assert list(row) == records.COLUMNS
+    assert list(row) == csv_columns()
     record = json.loads((folder / row["run_id"] / "record.json").read_text())
     assert row["status"] == "ok"
     assert (row["dp"], row["tp"], row["ulysses"], row["ring"]) == ("1", "1", "2", "2")
@@ -128,12 +131,12 @@ def test_a_single_run_is_a_row_that_its_command_reproduces(tmp_path):
     assert int(row["peak_bytes"]) == sum(int(row[f"{part}_bytes"]) for part in parts)
     with open(folder / row["run_id"] / "comm.csv", newline="") as file:
         lines = list(csv.DictReader(file))
-    assert list(lines[0]) == records.COMM_COLUMNS
+    assert list(lines[0]) == COMM_COLUMNS
     assert sum(int(line["sent_bytes"]) for line in lines) == int(row["comm_bytes"])
     by_phase = [int(row[f"comm_bytes_{phase}"]) for phase in ("forward", "backward", "optimizer")]
     assert sum(by_phase) == int(row["comm_bytes"])
     assert int(row["comm_bytes_params"]) + int(row["comm_bytes_activations"]) == int(row["comm_bytes"])
-    calls = sum(int(row[f"calls_{kind}"]) for kind in records.KINDS)
+    calls = sum(int(row[f"calls_{kind}"]) for kind in KINDS)
     assert calls == sum(int(line["calls"]) for line in lines)
 
     assert row["command"].startswith("python -m bench ")
@@ -209,7 +212,7 @@ def test_ranks_share_the_work_of_one(tmp_path):
 @pytest.mark.parametrize("layout", ["contiguous", "striped"])
 def test_a_gradient_that_is_zero_is_not_called_wrong(tmp_path, monkeypatch, layout: str):
     """The first rank has the first query alone, which sees one key: its gradient is nothing but rounding."""
-    monkeypatch.setattr(app, "RUNS", tmp_path)
+    monkeypatch.setattr(records, "RUNS", tmp_path)
     row = app.run_one(job("strategy=ring", "workload=attention", "seq_len=2", f"ring.layout={layout}"))
     assert (row["status"], row["reason"]) == ("ok", "")
     assert row["relative_error"] < 1e-5
@@ -217,7 +220,7 @@ def test_a_gradient_that_is_zero_is_not_called_wrong(tmp_path, monkeypatch, layo
 
 def test_a_profile_shows_what_was_in_flight(tmp_path, monkeypatch):
     """A trace of every rank, whose lanes of communication hold every collective, with a duration."""
-    monkeypatch.setattr(app, "RUNS", tmp_path)
+    monkeypatch.setattr(records, "RUNS", tmp_path)
     row = app.run_one(job("strategy=ring", "profile=true", "data=random"))
     traces = sorted((tmp_path / "default" / row["run_id"]).glob("trace_rank*.json"))
     assert len(traces) == row["world_size"]
@@ -231,7 +234,7 @@ def test_a_profile_shows_what_was_in_flight(tmp_path, monkeypatch):
 
 def test_exposed_communication_is_a_part_of_the_step(tmp_path, monkeypatch):
     """It is a part of the step, and known only where the silent step was timed too."""
-    monkeypatch.setattr(app, "RUNS", tmp_path)
+    monkeypatch.setattr(records, "RUNS", tmp_path)
     row = app.run_one(job("strategy=zero", "exposed_comm=true", "data=random"))
     assert row["status"] == "ok"
     assert row["exposed_comm_ms"] < row["step_ms_median"]

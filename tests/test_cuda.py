@@ -5,9 +5,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from bench import app
-from bench.build import build
-from bench.check import resolve
+from bench.app import sweep as app
+from bench.app.row import resolved_here
+from bench.workloads.build import build
 from strategies.ops.kernels import Math, pick_kernel
 from strategies.ops.ring_attention import merge
 from tests.jobs import job
@@ -67,7 +67,7 @@ def test_a_run_on_the_gpu_is_a_row(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("strategy", "ranks"), [("single", 1), ("tp_sp", 2), ("ulysses", 2), ("ring", 2)])
 def test_a_step_never_waits_for_the_host(strategy, ranks):
     mesh = [f"strategy={strategy}", f"world_size={ranks}", "mode=emulate"]
-    config = resolve(job(*mesh, "device=cuda", "precision=bf16_mixed", *WIDE).config)
+    config = resolved_here(job(*mesh, "device=cuda", "precision=bf16_mixed", *WIDE).config).config
     with standing_for(0, ranks, "cuda") if ranks > 1 else nullcontext():
         training, batch_of = build(config)
         batch = batch_of(0)

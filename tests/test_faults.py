@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from bench import app, records
-from bench.check import resolve
-from bench.launch import launch
+from bench.app import records
+from bench.app import sweep as app
+from bench.app.row import resolved_here
+from bench.ranks.launch import launch
+from bench.ranks.task import Task
 from tests.jobs import job
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +27,7 @@ def alive(pids: list[int]) -> list[int]:
 
 def hit_a_rank(blow: signal.Signals, *overrides: str):
     """Launch four ranks and do something to the third after its first step -> the outcome, seconds since, pids left."""
-    config = resolve(job("world_size=4", "steps=200", *overrides).config)
+    task = Task(resolved_here(job("world_size=4", "steps=200", *overrides).config).config)
     struck: dict = {}
 
     def progress(text: str) -> None:
@@ -35,7 +37,7 @@ def hit_a_rank(blow: signal.Signals, *overrides: str):
             struck.update(pids=[process.pid for process in ranks], at=time.monotonic())
             os.kill(struck["pids"][2], blow)
 
-    outcome = launch(config, progress)
+    outcome = launch(task, progress)
     return outcome, time.monotonic() - struck["at"], alive(struck["pids"])
 
 
@@ -59,7 +61,8 @@ def test_a_hang_is_a_timeout_that_names_the_collective():
 
 def test_an_exception_in_one_rank_is_its_message():
     """Only rank 0 writes, and it cannot."""
-    outcome = launch(resolve(job("strategy=tp", "save_path=/proc/nowhere").config), lambda text: None)
+    task = Task(resolved_here(job("strategy=tp", "save_path=/proc/nowhere").config).config)
+    outcome = launch(task, lambda text: None)
     assert outcome.status == "error"
     assert outcome.reason.startswith("rank 0: FileNotFoundError")
     assert "Traceback" in outcome.traceback
@@ -83,7 +86,7 @@ def test_a_sweep_goes_on_past_what_fails(tmp_path, monkeypatch):
 
     again = app.run_all(jobs)  # keeps what was measured or failed, and looks at the invalid one again
     assert [row.get("kept", False) for row in again] == [False, True, True, True]
-    jobs[1].config["rerun"] = jobs[3].config["rerun"] = "failed"
+    jobs[1].config.rerun = jobs[3].config.rerun = "failed"
     assert [row.get("kept", False) for row in app.run_all(jobs)] == [False, False, True, True]
 
 

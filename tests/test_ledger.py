@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import pytest
 
-from analysis.cost_table import predicted, step_bytes
-from bench.launch import unlike_ranks
+from analysis.accounts import predicted, step_bytes
+from bench.ranks.launch import unlike_ranks
+from conf.keys import Config
 from tests import instruments
 from tests.cases import CASES, HEADS, Case, config_of
 from tests.ranks import on_ranks, standing_for
@@ -122,9 +123,9 @@ def counted_block(rank: int, case: Case, n_kv_heads: int, batch: int, seq_len: i
         entries = instruments.ledger(case, sizes, batch, seq_len, dtype)
         calls, sent = Counter(), Counter()
         for entry in entries:
-            key = entry["phase"], entry["kind"], entry["weights"]
-            calls[key] += entry["calls"]
-            sent[key] += entry["sent_bytes"]
+            key = entry.phase, entry.kind, entry.weights
+            calls[key] += entry.calls
+            sent[key] += entry.sent_bytes
         totals.append((calls, sent))
     (calls, sent), (fewer_calls, fewer_sent) = totals
     return {
@@ -148,23 +149,25 @@ def test_one_block_sends_what_the_papers_say(case: Case):
         assert max(counted, key=total) == expected, f"{n_kv_heads} kv heads, batch {batch}, {dtype}"
 
 
-def counted_step(process: int, case: Case, config: dict, ranks: list[int]) -> tuple[float, Form, list[str]]:
+def counted_step(
+    process: int, case: Case, config: Config, sizes: dict, ranks: list[int]
+) -> tuple[float, Form, list[str]]:
     """All bytes, and by phase and kind; and the lines that sent them. Each process emulates one of the ranks."""
     with standing_for(ranks[process % len(ranks)], case.world_size):
         entries = instruments.ledger(
             case,
-            config["model"],
-            config["batch_size"],
-            config["seq_len"],
-            config["precision"],
-            ring_grad_dtype=config["ring"]["grad_dtype"],
+            sizes,
+            config.batch_size,
+            config.seq_len,
+            config.precision,
+            ring=config.ring,
         )
     form: dict = {}
     for entry in entries:
-        key = entry["phase"], entry["kind"], entry["weights"]
+        key = entry.phase, entry.kind, entry.weights
         calls, sent = form.get(key, (0, 0))
-        form[key] = calls + entry["calls"], sent + entry["sent_bytes"]
-    return sum(round(entry["sent_bytes"]) for entry in entries), form, [entry["source"] for entry in entries]
+        form[key] = calls + entry.calls, sent + entry.sent_bytes
+    return sum(round(entry.sent_bytes) for entry in entries), form, [entry.source for entry in entries]
 
 
 COSTED = [
@@ -207,7 +210,7 @@ def test_a_whole_step_sends_what_the_cost_table_says(case: Case, variation: str)
     precision, grad_dtype = change.get("precision", "fp32"), change.get("ring_grad_dtype", "fp32")
     config = config_of(case, sizes, change.get("batch_size", 2), 32, precision, ring_grad_dtype=grad_dtype)
     ranks = unlike_ranks(config)
-    counted = on_ranks(len(ranks), counted_step, case, config, ranks, grouped=False)
+    counted = on_ranks(len(ranks), counted_step, case, config, sizes, ranks, grouped=False)
     sent, form, sources = max(counted, key=lambda counted: counted[0])
     assert sent == pytest.approx(step_bytes(config), abs=4)  # uneven parts are rounded one by one
     expected: dict = {}

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from analysis.cost_table import Letters, saved_by_block, state
+from analysis.accounts import account_of
+from analysis.accounts.letters import Letters
 from tests import instruments
 from tests.cases import Case, config_of
 from tests.ranks import on_ranks
@@ -64,7 +65,7 @@ def test_zero_keeps_what_its_stage_promises(case: Case, stage: int, single):
             assert getattr(peak, part) == pytest.approx(getattr(single, part) / share, rel=0.01), part
         letters = Letters.of(config_of(replace(case, zero_stage=stage), SIZES, 1, SEQ_LEN))
         kept = {part: getattr(peak, part) for part in ("params", "grads", "optimizer")}
-        assert kept == state(case.strategy, letters)
+        assert kept == account_of(case.strategy).state(letters)
 
 
 def test_tp_keeps_whole_activations_between_the_matrices(single):
@@ -167,6 +168,6 @@ def test_a_block_keeps_what_the_cost_table_says(case: Case, dtype: str):
         ranks = [instruments.peak(0, *args)] if case.world_size == 1 else on_ranks(N, instruments.peak, *args)
         peaks.append(max(ranks, key=lambda peak: peak.total))
     letters = Letters.of(config_of(case, {**sizes, "n_layers": 3}, 4, 256, dtype))
-    assert peaks[0].activations - peaks[1].activations == saved_by_block(case.strategy, letters)
-    for part, size in state(case.strategy, letters).items():
+    assert peaks[0].activations - peaks[1].activations == account_of(case.strategy).saved_by_block(letters)
+    for part, size in account_of(case.strategy).state(letters).items():
         assert getattr(peaks[0], part) == size, part

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from bench.launch import unlike_ranks
-from bench.observe import Observed
-from bench.simulate import simulate
+from bench.instruments.observe import Observed
+from bench.ranks.launch import unlike_ranks
+from bench.simulation.simulate import simulate
 from tests import instruments
 from tests.cases import Case, cases, config_of
 from tests.ranks import on_ranks, standing_for
@@ -63,6 +63,6 @@ def test_the_three_modes_agree(case: Case):
                 assert getattr(ours.peak, part) == getattr(theirs.peak, part), f"{mode}, rank {rank}"
     assert [emulate[rank].peak for rank in ranks] == [observed.peak for observed in truth]  # to the byte
     launched = unlike_ranks(config_of(case, sizes(case), BATCH, SEQ_LEN))
-    for size in (lambda o: o.peak.total, lambda o: o.flops, lambda o: sum(entry["sent_bytes"] for entry in o.comm)):
+    for size in (lambda o: o.peak.total, lambda o: o.flops, lambda o: sum(entry.sent_bytes for entry in o.comm)):
         everywhere = [size(simulate[rank]) for rank in ranks]
         assert max(everywhere[rank] for rank in launched) == max(everywhere), f"{launched} of {everywhere}"

@@ -10,12 +10,11 @@ import pytest
 import torch
 
 import strategies
-from bench.attention import AttentionAlone
-from models.config import ModelConfig
+from bench.workloads.attention import AttentionAlone
 from strategies.base import Options
 from strategies.ops.kernels import pick_kernel
 from tests import instruments, reference
-from tests.cases import CASES, HEADS, Case, cases
+from tests.cases import CASES, HEADS, Case, cases, sized
 from tests.ranks import on_ranks
 
 CLOSE = 1e-5
@@ -65,7 +64,7 @@ def test_strategy_is_the_unsharded_model(case: Case, checkpoints):
 
 def attention_alone(rank: int, case: Case, n_kv_heads: int) -> dict[str, float]:
     """How far this rank's output and gradients of workload=attention are from its part of the whole ones."""
-    sizes = ModelConfig(dim=64, n_layers=1, n_heads=8, n_kv_heads=n_kv_heads, ffn_dim=1, vocab_size=1)
+    sizes = sized(dim=64, n_layers=1, n_heads=8, n_kv_heads=n_kv_heads, ffn_dim=1, vocab_size=1)
 
     def alone(case: Case) -> AttentionAlone:
         options = Options(pick_kernel("auto", "cpu", torch.float32, sizes.head_dim), **case.options)
@@ -101,7 +100,7 @@ def trained(rank: int, case: Case, folder: str) -> tuple[reference.Result | None
     training.update()
     sent: Counter = Counter()
     for entry in instruments.observed(training, training.place(*batch_of(3, None))).comm:
-        sent[entry["phase"], entry["kind"], entry["axis"], entry["weights"]] += entry["sent_bytes"]
+        sent[entry.phase, entry.kind, entry.axis, entry.weights] += entry.sent_bytes
     return result, sorted(sent.items())
 
 

@@ -10,16 +10,15 @@ import pytest
 import torch
 
 import strategies
-from analysis.race import ANSWERS
 from analysis.report import write
-from bench import app, records
-from bench.attention import AttentionAlone
-from models.config import ModelConfig
-from strategies import PEERS, STRATEGIES
+from bench.app import judge, records
+from bench.app import sweep as app
+from bench.workloads.attention import AttentionAlone
+from conf.meshes import PEERS, STRATEGIES
 from strategies.base import Options
 from strategies.ops.kernels import pick_kernel
 from tests import instruments, reference
-from tests.cases import HEADS, Case
+from tests.cases import HEADS, Case, sized
 from tests.jobs import job
 from tests.ranks import on_ranks
 from tests.test_parity import CLOSE, run_all_heads
@@ -42,10 +41,9 @@ def needs(case: Case) -> None:
 
 
 def test_a_peer_answers_to_strategies_of_ours():
-    assert ANSWERS.keys() == PEERS.keys()
     for name, peer in PEERS.items():
-        assert peer.ours in ANSWERS[name]
-        assert set(ANSWERS[name]) <= set(STRATEGIES)
+        assert {peer.ours, *peer.also} <= set(STRATEGIES)
+        assert issubclass(strategies.load(name), strategies.load(peer.ours))
 
 
 @pytest.mark.parametrize("case", MODELS, ids=str)
@@ -85,7 +83,7 @@ def test_a_peer_trains_as_ours_does(case: Case, tmp_path):
 
 
 def errors(rank: int, case: Case, n_kv_heads: int, dtype: torch.dtype) -> dict[str, float]:
-    sizes = ModelConfig(dim=64, n_layers=1, n_heads=8, n_kv_heads=n_kv_heads, ffn_dim=1, vocab_size=1)
+    sizes = sized(dim=64, n_layers=1, n_heads=8, n_kv_heads=n_kv_heads, ffn_dim=1, vocab_size=1)
     options = Options(pick_kernel("auto", "cpu", dtype, sizes.head_dim), dtype, **case.options)
     alone = AttentionAlone(sizes, strategies.build(case.strategy, case.degrees, options), 2, 64)
     alone.time_the_whole()
@@ -98,7 +96,7 @@ def test_a_peers_attention_is_the_whole_attention(case: Case, n_kv_heads: int):
     needs(case)
     found = on_ranks(4, errors, case, n_kv_heads, torch.bfloat16)[0]
     assert found.keys() == {"output", "grad of q", "grad of k", "grad of v"}
-    assert max(found.values()) < records.CLOSE["bf16"]
+    assert max(found.values()) < judge.CLOSE["bf16"]
 
 
 @pytest.mark.parametrize("case", ATTENTION, ids=str)
@@ -106,7 +104,7 @@ def test_what_a_peer_gets_wrong_is_said(case: Case):
     """yunchang's ring accumulates into an alias where tensors are fp32 already."""
     needs(case)
     found = on_ranks(4, errors, case, 8, torch.float32)[0]
-    said = records.inaccurate({"errors": found, "precision": "fp32"})
+    said = judge.inaccurate({"errors": found, "precision": "fp32"})
     if case == Case("yunchang", ring=4, layout="striped"):
         assert said.startswith("wrong: grad of q, grad of k, grad of v are up to ")
     elif case.strategy != "yunchang":
@@ -114,7 +112,7 @@ def test_what_a_peer_gets_wrong_is_said(case: Case):
 
 
 def sent(rank: int, *args) -> float:
-    return sum(line["sent_bytes"] for line in instruments.observed(*instruments.train(*args)).comm)
+    return sum(line.sent_bytes for line in instruments.observed(*instruments.train(*args)).comm)
 
 
 @pytest.mark.parametrize("case", [*MODELS, ATTENTION[0]], ids=str)
@@ -130,7 +128,7 @@ def test_a_peers_traffic_is_counted(case: Case):
 
 def test_a_race_pairs_rows_that_differ_in_the_strategy_alone(tmp_path, monkeypatch):
     """The ratio is the median of the rounds' ratios; DDP is stage 0 whatever is asked, and so is its pair."""
-    monkeypatch.setattr(app, "RUNS", tmp_path)
+    monkeypatch.setattr(records, "RUNS", tmp_path)
     choices = ["strategy=zero", "strategy=fsdp2", "strategy=zero zero_stage=0", "strategy=ddp", "strategy=tp_sp"]
     rows = app.run_all([job(*choice.split(), "rounds=3", "data=random", "name=race") for choice in choices])
     write(tmp_path / "race")

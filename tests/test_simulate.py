@@ -1,14 +1,21 @@
 """What simulate leaves out changes nothing: layers and hops that are alike, and what a fake operation answers again."""
 
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench import app, simulate
-from bench.fit import granule, longest
-from bench.launch import Outcome
-from bench.observe import Observed
+from bench.app import records
+from bench.app import sweep as app
+from bench.app.row import run
+from bench.instruments.observe import Observed
+from bench.ranks.launch import Outcome
+from bench.ranks.task import Task
+from bench.simulation import simulate
+from bench.simulation.fit import granule, longest
+from conf.keys import Config
+from conf.measurement import Peak, Rank
 from tests.cases import LAYOUTS, Case, config_of
 from tests.jobs import job
 from tests.ranks import on_ranks, standing_for
@@ -78,7 +85,7 @@ def test_an_unforetold_depth_is_run(monkeypatch):
     ran = []
     step_of = simulate.step_of
 
-    def other_at_the_third(config: dict, n_layers: int) -> Observed:
+    def other_at_the_third(config: Config, n_layers: int) -> Observed:
         ran.append(n_layers)
         observed = step_of(config, n_layers)
         observed.flops += n_layers == simulate.DEPTHS[2]
@@ -94,9 +101,9 @@ def test_a_sweep_runs_the_third_depth_once_for_lengths_that_differ(monkeypatch):
     """Not again for another length or batch, but for whatever else is different, and as long as it is not foretold."""
     asked = []
 
-    def ends(config: dict, what: str) -> Outcome:
-        asked.append(config["foretold"])
-        return Outcome("ok", "", [{"foretold": config["zero_stage"] == 3}])
+    def ends(task: Task, what: str) -> Outcome:
+        asked.append(task.known)
+        return Outcome("ok", "", [Rank([], 0, Peak(), 0, None, "", "", foretold=task.config.zero_stage == 3)])
 
     monkeypatch.setattr(app, "in_silence", ends)
     families = app.Families()
@@ -108,7 +115,7 @@ def test_a_sweep_runs_the_third_depth_once_for_lengths_that_differ(monkeypatch):
         {"zero_stage": 2},
         {"zero_stage": 2},
     ):
-        families({**config_of(Case("zero", dp=4), MODEL, 2, 64), **change}, "")
+        families(Task(replace(config_of(Case("zero", dp=4), MODEL, 2, 64), **change)), "")
     assert asked == [False, True, True, False, False, False]
 
 
@@ -124,10 +131,10 @@ def test_the_longest_sequence_is_found(curve):
 
 def test_what_does_not_fit_says_so_and_what_would(tmp_path, monkeypatch):
     """llama3_8b's state alone is over 80 GB on 2 ranks; on 32 it depends on the sequence."""
-    monkeypatch.setattr(app, "RUNS", tmp_path)
+    monkeypatch.setattr(records, "RUNS", tmp_path)
 
     def row_of(*overrides: str) -> dict:
-        return app.run(job(*overrides), rerun="all")
+        return run(job(*overrides), "all", app.in_silence)
 
     big = [
         "mode=simulate",

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.training import PRECISIONS
+from bench.workloads.training import PRECISIONS
 from tests import reference
 from tests.cases import CASES, Case
 from tests.ranks import on_ranks

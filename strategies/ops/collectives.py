@@ -13,43 +13,18 @@ Along an axis of size 1 nothing is sent. Verbs that can overlap with computation
 """
 
 from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
+from strategies.ops.hooks import hooks, meaning
 from strategies.ops.mesh import Axis
-
-
-@dataclass
-class Label:
-    """What a ledger should call the traffic of the moment, where the dispatched op alone does not say it."""
-
-    kind: str | None = None  # the collective that it stands for
-    source: str | None = None  # the strategy line that caused it, where that is not on the stack
-    weights: bool = False  # it carries weights or their gradients, not activations
-    times: int = 1  # how many alike it stands for
-
-
-label = Label()
 
 # torch 2.13 has new names for these two, and 2.11 only the old ones.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-@contextmanager
-def labelled(**changes):
-    """Change the label of what is sent inside."""
-    global label
-    outer, label = label, replace(label, **changes)
-    try:
-        yield
-    finally:
-        label = outer
 
 
 class Pending:
@@ -84,25 +59,17 @@ def start_reduce_scatter(x: Tensor, dim: int, axis: Axis) -> Pending:
     return reduce_scatter_chunks(out, chunks, axis.group)
 
 
-fake_stands_for = "gloo"  # torch's fake process group: the backend whose messages it stands for
-
-
-def backend_of(group: dist.ProcessGroup) -> str:
-    backend = dist.get_backend(group)
-    return fake_stands_for if backend == "fake" else backend
-
-
 def reduce_scatter_chunks(out: Tensor, chunks: Tensor, group: dist.ProcessGroup) -> Pending:
     """Sum chunks [size, ...] over the ranks; chunk i of the sum goes to rank i, into `out`.
 
     On gloo it is an all-to-all and a local sum: its own reduce_scatter is an all-reduce and a slice, which puts
     twice the bytes on the wire and rounds after every addition.
     """
-    if backend_of(group) != "gloo":
+    if hooks.backend_of(group) != "gloo":
         work = reduce_scatter_single(out, chunks.flatten(0, 1), group=group, async_op=True)
         return Pending([work], (out, chunks), lambda out, _: out)
     parts = torch.empty_like(chunks)
-    with labelled(kind="reduce_scatter"):
+    with meaning(kind="reduce_scatter"):
         work = dist.all_to_all_single(parts, chunks, group=group, async_op=True)
     return Pending([work], (out, chunks, parts), lambda out, _, parts: torch.sum(parts, dim=0, out=out))
 

@@ -8,12 +8,13 @@ scaled by K**-0.5. Causal means Sq == Skv and token i sees tokens 0..i. backward
 softmax over more keys than k holds: it then returns this block's part of the whole gradient (Dao 2023, section 3.1).
 """
 
-import importlib.util
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+
+from conf.kernels import kernel_that_runs
 
 aten = torch.ops.aten
 
@@ -126,30 +127,10 @@ def heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def pick_kernel(name: str, device: str, dtype: torch.dtype, head_dim: int):
-    """The kernel called `name`; `auto` is the fastest that runs on this device, dtype and head_dim.
-
-    Raises ValueError, one sentence, if the named kernel does not run there.
-    """
-    half = dtype in (torch.float16, torch.bfloat16)
-    flash_shape = device == "cuda" and half and head_dim % 8 == 0 and head_dim <= 256
-    has_package = importlib.util.find_spec("flash_attn") is not None
-    able = {
-        "flash_attn": flash_shape and has_package,
-        "sdpa": device == "cpu" or flash_shape,
-        "math": True,
-    }
-    if name == "auto":
-        name = next(kernel for kernel, runs in able.items() if runs)
-    if not able[name]:
-        fits = ", ".join(kernel for kernel, runs in able.items() if runs)
-        precision = str(dtype).removeprefix("torch.")
-        needs = " and the flash-attn package" if name == "flash_attn" and not has_package else ""
-        raise ValueError(
-            f"attention.kernel={name} needs CUDA, a 16-bit dtype, head_dim a multiple of 8 up to 256{needs}; "
-            f"on {device} with {precision} and head_dim {head_dim} these run: {fits}"
-        )
+    """The kernel called `name`; `auto` is the fastest that runs there. Raises Invalid if the named one does not."""
     sdpa = SdpaCpu if device == "cpu" else SdpaCuda
-    return {"flash_attn": FlashAttention2, "sdpa": sdpa, "math": Math}[name]()
+    runs = kernel_that_runs(name, device, str(dtype).removeprefix("torch."), head_dim)
+    return {"flash_attn": FlashAttention2, "sdpa": sdpa, "math": Math}[runs]()
 
 
 class Attend(Function):

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from strategies.ops.mesh import Axis
 
-LAYOUTS = ("contiguous", "zigzag", "striped")
 ALL = slice(None)
 
 

@@ -9,7 +9,7 @@ How they come by is ring.kv. Over P ranks:
                  section 3.3.2): fewer messages, and memory for all keys.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from strategies.ops.collectives import Pending, shift, start_all_gather, start_reduce_scatter
+from strategies.ops.hooks import hooks
 from strategies.ops.kernels import attend
 from strategies.ops.layouts import ALL, visible
 from strategies.ops.mesh import Axis
@@ -71,13 +72,10 @@ class Rotate:
     def visits(self) -> Iterator[tuple[int, Tensor]]:
         """(source rank, its kv) for every rank of the ring, our own first, the next hop already in flight."""
         kv = self.local_kv
-        for hop in self.hops():
+        for hop in hooks.hops(self.axis, self.layout):
             arriving = shift(kv, self.axis) if hop + 1 < self.axis.size else None
             yield (self.axis.rank - hop) % self.axis.size, kv
             kv = arriving.wait() if arriving else None
-
-    def hops(self) -> Iterable[int]:
-        return range(self.axis.size)
 
     def give(self, source: int, keys: slice, block_kv: Sequence[Tensor]) -> None:
         """Our part of the gradient of the block that is visiting: of which keys, and (dk, dv), none if it is hidden."""
@@ -141,12 +139,12 @@ def accumulator(x: Tensor) -> Tensor:
 
 
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, axis: Axis, options) -> Tensor:
-    """Causal attention of a sequence split around the ring in options.ring_layout.
+    """Causal attention of a sequence split around the ring in options.ring.layout.
 
     q [B, S_ring, H, K], k and v [B, S_ring, G, K] -> [B, S_ring, H, K]. The gradients of k and v travel in fp32, or
-    in k's dtype if options.ring_grad_dtype is `same`.
+    in k's dtype if options.ring.grad_dtype is `same`.
     """
     if axis.size == 1:
         return attend(q, k, v, options.kernel)
-    travels = k.dtype if options.ring_grad_dtype == "same" else torch.promote_types(k.dtype, torch.float32)
-    return RingAttention.apply(q, k, v, axis, options.ring_layout, options.ring_kv, travels, options.kernel)
+    travels = k.dtype if options.ring.grad_dtype == "same" else torch.promote_types(k.dtype, torch.float32)
+    return RingAttention.apply(q, k, v, axis, options.ring.layout, options.ring.kv, travels, options.kernel)

@@ -5,7 +5,6 @@ one whole parameter at a time, and whole_parameters() puts the wholes together a
 finish_gradients(), the optimizer over trained(), publish_weights().
 """
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from strategies.ops.collectives import labelled, reduce_scatter_chunks, start_all_gather, sum_over
+from strategies.ops.collectives import reduce_scatter_chunks, start_all_gather, sum_over
+from strategies.ops.hooks import meaning
 from strategies.ops.mesh import Axis
 
 
@@ -24,8 +24,8 @@ from strategies.ops.mesh import Axis
 class Share:
     """This rank's slice of a parameter along `dim`, one of `ways`, before ZeRO cuts that again along dim 0.
 
-    `partial` is the axis along which ranks that hold the same slice each see only a part of its gradient;
-    `declared` is the strategy line that said so. `replicas`: of ZeRO below stage 2, which keeps weights whole.
+    `partial` is the axis along which ranks that hold the same slice each see only a part of its gradient.
+    `replicas`: of ZeRO below stage 2, which keeps weights whole.
     """
 
     dim: int = 0
@@ -33,7 +33,6 @@ class Share:
     stop: int | None = None
     ways: int = 1
     partial: Axis | None = None
-    declared: str | None = None
     replicas: tuple[int, Axis] | None = None  # the stage, and the axis along which the replicas are
 
     def of(self, whole: Tensor) -> Tensor:
@@ -64,19 +63,13 @@ def column_heads(linear: nn.Module, n_heads: int, axis: Axis, replicas: Axis) ->
     owners = Axis(axis.name, axis.size // replicas.size, axis.rank // replicas.size)
     start, stop = owners.span(n_heads)
     partial = replicas if replicas.size > 1 else None
-    set_share(linear, Share(0, start * head_dim, stop * head_dim, owners.size, partial, declared=caller()))
+    set_share(linear, Share(0, start * head_dim, stop * head_dim, owners.size, partial))
 
 
 def partial_gradients(module: nn.Module, axis: Axis) -> None:
     """Every rank holds the weight but sees only its own tokens: the gradient is to be summed along the axis."""
     if axis.size > 1:
-        set_share(module, Share(partial=axis, declared=caller()))
-
-
-def caller() -> str:
-    """The strategy line that called the function that called this, as file:line."""
-    frame = sys._getframe(2)
-    return f"strategies/{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
+        set_share(module, Share(partial=axis))
 
 
 class ReduceScatter:
@@ -152,7 +145,7 @@ class Replicas:
 
     def reduce(self) -> None:
         """Sum the gradient over the axis, as far as this rank trains it."""
-        with labelled(source=f"zero{self.stage} model", weights=True):
+        with meaning(source=f"zero{self.stage} model", weights=True):
             if self.stage == 0:
                 dist.all_reduce(self.grads, group=self.axis.group)
             else:
@@ -161,7 +154,7 @@ class Replicas:
     def publish(self) -> None:
         """Send the part that this rank has trained to the others."""
         if self.stage == 1:
-            with labelled(source="zero1 model", weights=True):
+            with meaning(source="zero1 model", weights=True):
                 self.weights.copy_(
                     start_all_gather(self.weights[self.axis.rank], 0, self.axis).wait().view_as(self.weights)
                 )
@@ -251,8 +244,9 @@ def finish_gradients(model: nn.Module) -> None:
     for grads in by_axis.values():
         wide = torch.promote_types(grads[0][0].dtype, torch.float32)
         flat = torch.cat([grad.flatten().to(wide) for grad, _ in grads])
-        with labelled(source=grads[0][1].declared, weights=True):
-            total = sum_over(flat, grads[0][1].partial)
+        share = grads[0][1]
+        with meaning(verb="column_heads" if share.partial.name == "tp_replicas" else "partial_gradients", weights=True):
+            total = sum_over(flat, share.partial)
         for (grad, _), part in zip(grads, total.split([grad.numel() for grad, _ in grads]), strict=True):
             grad.copy_(part.view_as(grad))
 

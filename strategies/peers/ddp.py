@@ -1,19 +1,13 @@
 """ddp: zero at zero_stage=0 with DistributedDataParallel (Li et al. 2020): bucketed all-reduces beside backward."""
 
-from types import MappingProxyType
-
 from torch import Tensor, nn
 from torch.distributed._composable.replicate import replicate
 
 from strategies.peers.averaged import Summed
-from strategies.peers.peer import Peer
 from strategies.zero import Zero
 
 
-class DDP(Peer, Zero):
-    ours = "zero"
-    fixed = MappingProxyType({"zero_stage": 0})
-
+class DDP(Zero):
     def shard(self, model: nn.Module) -> None:
         replicate(model, process_group=self.mesh.zero.group)
 

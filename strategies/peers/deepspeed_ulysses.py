@@ -4,15 +4,11 @@ import os
 
 from torch import Tensor
 
-from strategies.base import Rule, Shape
 from strategies.ops.kernels import attend
-from strategies.peers.peer import Peer, at_least_two
 from strategies.ulysses import HEADS, SEQUENCE, Ulysses
 
 
-class DeepspeedUlysses(Peer, Ulysses):
-    ours, package = "ulysses", "deepspeed"
-
+class DeepspeedUlysses(Ulysses):
     def __init__(self, mesh, options) -> None:
         super().__init__(mesh, options)
         os.environ.setdefault("DS_ACCELERATOR", mesh.device)  # it would look for one, and warn that it found none
@@ -22,13 +18,6 @@ class DeepspeedUlysses(Peer, Ulysses):
         ops.__compatible_ops__.pop("deepspeed_shm_comm", None)  # its all-reduce for inference, compiled when it starts
         comm.init_distributed(dist_init_required=False, verbose=False)
         self.theirs = DistributedAttention(self.local_attention, self.ulysses.group, HEADS, SEQUENCE)
-
-    @classmethod
-    def rules(cls, shape: Shape) -> list[Rule]:
-        degree = shape.degrees["ulysses"]
-        why = f"must be at most model.n_kv_heads = {shape.n_kv_heads}, which DeepSpeed does not copy"
-        enough = Rule("mesh.ulysses", degree, why, lambda ulysses: ulysses <= shape.n_kv_heads)
-        return [at_least_two("ulysses", shape), enough, *super().rules(shape)]
 
     def local_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, self.options.kernel)

@@ -1,21 +1,15 @@
 """fsdp2: zero with fully_shard as its documentation has it: a unit per block, the rest with the root."""
 
-from types import MappingProxyType
-
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from strategies.peers.averaged import Summed
-from strategies.peers.peer import Peer
 from strategies.zero import Zero
 
 
-class FSDP2(Peer, Zero):
-    ours = "zero"
-    fixed = MappingProxyType({"zero_stage": 3})
-
+class FSDP2(Zero):
     def shard(self, model: nn.Module) -> None:
         fully_shard_blocks(model, self.mesh.zero.mesh, self.options.compute_dtype)
 

@@ -6,20 +6,12 @@ It deals the sequence out contiguous or zigzag (its head-tail load balancer); ke
 from torch import Tensor
 from torch.autograd import Function
 
-from strategies.base import Rule, Shape
-from strategies.peers.peer import Peer, at_least_two
 from strategies.ring import Ring
 
 
-class TorchCP(Peer, Ring):
-    ours, adapted = "ring", True
-
-    @classmethod
-    def rules(cls, shape: Shape) -> list[Rule]:
-        return [at_least_two("ring", shape), *super().rules(shape)]
-
+class TorchCP(Ring):
     def core_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return TorchRing.apply(q, k, v, self.ring.group, self.options.ring_layout, self.options.kernel)
+        return TorchRing.apply(q, k, v, self.ring.group, self.options.ring.layout, self.options.kernel)
 
 
 class TorchRing(Function):

@@ -4,8 +4,6 @@ The plan is the usual one for Llama: norms on sequence shards, one all-gather in
 row-wise outputs reduce-scattered along the sequence, cross-entropy on a split vocabulary (loss_parallel).
 """
 
-from types import MappingProxyType
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,23 +17,14 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from strategies.base import Rule, Shape
 from strategies.ops.kernels import attend
 from strategies.ops.vocab import IGNORED
 from strategies.peers.averaged import Summed
 from strategies.peers.fsdp2 import fully_shard_blocks
-from strategies.peers.peer import Peer, at_least_two, kv_heads_divide
 from strategies.tp_sp import TPSP
 
 
-class TorchTP(Peer, TPSP):
-    ours = "tp_sp"
-    fixed = MappingProxyType({"zero_stage": 3, "mlp.chunks": 1, "loss.chunks": 1})
-
-    @classmethod
-    def rules(cls, shape: Shape) -> list[Rule]:
-        return [at_least_two("tp", shape), kv_heads_divide("tp", shape, "torch"), *super().rules(shape)]
-
+class TorchTP(TPSP):
     def shard(self, model: nn.Module) -> None:
         mesh = init_device_mesh(self.mesh.device, (self.dp.size, self.tp.size), mesh_dim_names=("dp", "tp"))
         loss_parallel().__enter__()  # backward needs it too

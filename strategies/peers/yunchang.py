@@ -8,15 +8,12 @@ from types import MappingProxyType
 
 from torch import Tensor, distributed
 
-from strategies.base import Rule, Shape
 from strategies.ops.mesh import Axis
 from strategies.peers.flash_attn_on_cpu import provide_flash_attn
-from strategies.peers.peer import Peer, kv_heads_divide
 from strategies.usp import USP
 
 
-class Yunchang(Peer, USP):
-    ours, package, adapted = "usp", "yunchang", True
+class Yunchang(USP):
     layouts = MappingProxyType({"contiguous": "basic", "zigzag": "zigzag", "striped": "strip"})
 
     def __init__(self, mesh, options) -> None:
@@ -29,11 +26,7 @@ class Yunchang(Peer, USP):
         if self.ring.size == 1:
             self.theirs = UlyssesAttention(PROCESS_GROUP.ULYSSES_PG)
         else:
-            self.theirs = LongContextAttention(ring_impl_type=self.layouts[options.ring_layout])
-
-    @classmethod
-    def rules(cls, shape: Shape) -> list[Rule]:
-        return [kv_heads_divide("ulysses", shape, "yunchang"), *super().rules(shape)]
+            self.theirs = LongContextAttention(ring_impl_type=self.layouts[options.ring.layout])
 
     def core_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.theirs(q, k, v, causal=True)

@@ -1,0 +1,89 @@
+"""What an account of a strategy is: what it exchanges and keeps by its paper, what was published, how it is drawn.
+
+A strategy's account is `analysis/accounts/<its name>.py`, written from its paper and read beside `strategies/<its
+name>.py`: a prediction must not be computed by the code that it judges. Whatever it leaves out is as by default.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from analysis.accounts import weights
+from analysis.accounts.letters import WIDE, Amount, Letters
+from analysis.accounts.published import Published
+from analysis.accounts.sent import Sent, something
+from analysis.accounts.weights import Group
+
+Exchange = Callable[[Letters], list[Sent]]
+
+
+@dataclass(frozen=True)
+class Account:
+    """A strategy by the book. Methods return lines of what is sent, or bytes that are kept, of the letters' rank.
+
+    linears: what a block exchanges around its matrices. attention: between its projections. ends: what the embedding,
+    the head and the loss exchange. groups: the blocks' weights, as they travel together. whole_norms: does a norm see
+    all tokens of a tp group, not 1/tp of them. rows: those of the table, variant -> the letters that it changes; a
+    word stands for its symbol.
+    """
+
+    linears: tuple[Exchange, ...] = ()
+    attention: tuple[Exchange, ...] = ()
+    ends: Exchange = lambda s: []
+    groups: Callable[[Letters], list[Group]] = weights.of_blocks
+    whole_norms: bool = False
+    rows: Mapping[str, Mapping[str, object]] = field(default_factory=lambda: {"": {}})
+    published: tuple[Published, ...] = ()
+    colour: str = ""
+    marker: str = ""
+
+    def exchanges(self, s: Letters) -> list[Sent]:
+        """Of a block, beside its weights."""
+        return [line for part in (*self.linears, *self.attention) for line in part(s)]
+
+    def of_block(self, s: Letters) -> list[Sent]:
+        """What one block sends, forward and backward."""
+        return something([*self.exchanges(s), *(line for group in self.groups(s) for line in weights.zero(group, s))])
+
+    def of_step(self, s: Letters) -> list[Sent]:
+        """What a whole training step sends: blocks, embedding, head, clipping."""
+        blocks = [line.times(s.layers) for line in self.exchanges(s)]
+        zero = weights.zero_step([*self.groups(s), *weights.of_ends(s)], s)
+        summed = weights.summed_over_tp(s, split_norms=not self.whole_norms)
+        return something([*blocks, *self.ends(s), *zero, *summed, *weights.clipped(s)])
+
+    def of_attention(self, s: Letters, backward: bool) -> list[Sent]:
+        """workload=attention: what is exchanged between the projections of one block."""
+        phases = ("forward", "backward") if backward else ("forward",)
+        return something(line for part in self.attention for line in part(s) if line.phase in phases)
+
+    def saved_by_block(self, s: Letters) -> Amount:
+        """Bytes that a block keeps for its backward.
+
+        Between the matrices: both norms' inputs and outputs, each [T, d] (their 1/rms in fp32 beside). In attention q,
+        out, k and v, and the log-sum-exp of every head. In the MLP gate, silu(gate), up and their product, each [T, i].
+        """
+        between = self.between(s)
+        if s.recompute:
+            return between * s.d * s.e
+        norms = between * (4 * s.d * s.e + 2 * WIDE)
+        out = 2 if s.u != 1 else 1  # as attention made it, and as it came home
+        attention = (1 + out) * s.q + 2 * s.kv + s.tokens * s.h / s.tp * WIDE
+        mlp = 0 if s.mlp_chunks > 1 else 4 * s.tokens / s.tp * s.i * s.e
+        return norms + attention + mlp
+
+    def saved_by_ends(self, s: Letters) -> Amount:
+        """Bytes that embedding, head and loss keep: tokens, the norm's in and out, probabilities in fp32.
+
+        And the tables of rotary angles, a cosine and a sine for every position and dim of a head.
+        """
+        probabilities = 0 if s.loss_chunks > 1 else s.tokens * s.V / s.tp * WIDE
+        rope = 2 * s.tokens / s.B * s.K * s.e
+        return self.between(s) * (2 * s.d * s.e + WIDE) + probabilities + rope + s.tokens * 8
+
+    def between(self, s: Letters) -> Amount:
+        """Tokens of a rank between the matrices."""
+        return s.tokens if self.whole_norms else s.tokens / s.tp
+
+    def state(self, s: Letters, ends: bool = True) -> dict[str, Amount]:
+        """Bytes of params, grads and optimizer that a rank keeps."""
+        return weights.kept([*self.groups(s), *(weights.of_ends(s) if ends else [])], s)

@@ -1,0 +1,133 @@
+"""The letters of the formulas: the numbers of one configuration, or sympy's symbols (analysis/symbols.py).
+
+The formulas are plain arithmetic on them. Of numbers they make bytes, of symbols the expressions of the printed table.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+from numbers import Real
+from typing import Any
+
+from conf.keys import Config
+
+Amount = Any  # a number, or an expression of sympy's
+BYTES = {"fp32": (4, 4), "bf16": (2, 2), "bf16_mixed": (4, 2)}  # of a weight (and its gradient), of an activation
+WIDE = 4  # bytes of what is always exchanged in fp32
+
+
+def whole(x: Amount) -> Amount:
+    """A number rounded up; a symbol as it is."""
+    return ceil(x) if isinstance(x, Real) else x
+
+
+@dataclass
+class Letters:
+    """One configuration in the letters of the formulas, on the rank with the most sequences."""
+
+    B: Amount  # sequences of a dp rank
+    L: Amount  # tokens of a sequence
+    d: Amount
+    i: Amount
+    h: Amount
+    h_kv: Amount
+    K: Amount
+    V: Amount
+    layers: Amount
+    dp: Amount
+    tp: Amount
+    u: Amount
+    r: Amount
+    e: Amount  # bytes of an activation
+    e_w: Amount  # of a weight, its gradient, and each of its two moments
+    e_g: Amount  # of a travelling dK or dV
+    rho: Amount = 1  # copies of a kv head that ulysses needs
+    kv_shared: Amount = 1  # tp ranks that share a kv head
+    stage: int = 3
+    recompute: bool = False
+    mlp_chunks: int = 1
+    loss_chunks: int = 1
+    packed: bool = False
+    head_chunks: int = 1
+    gather_kv: bool = False
+    tied: bool = False
+    clipping: bool = True
+
+    @classmethod
+    def of(cls, config: Config) -> "Letters":
+        """The numbers of a resolved configuration."""
+        model, mesh = config.model, config.mesh
+        dp, tp, ulysses, ring = (degree or 1 for degree in (mesh.dp, mesh.tp, mesh.ulysses, mesh.ring))
+        e_w, e = BYTES[config.precision]
+        return cls(
+            B=max(1, ceil(config.batch_size / dp)),
+            L=config.seq_len,
+            d=model.dim,
+            i=model.ffn_dim,
+            h=model.n_heads,
+            h_kv=model.n_kv_heads,
+            K=model.head_dim,
+            V=model.vocab_size,
+            layers=model.n_layers,
+            dp=dp,
+            tp=tp,
+            u=ulysses,
+            r=ring,
+            e=e,
+            e_w=e_w,
+            e_g=WIDE if config.ring.grad_dtype == "fp32" else e,
+            rho=max(1, ulysses // max(1, model.n_kv_heads // tp)),
+            kv_shared=max(1, tp // model.n_kv_heads),
+            stage=config.zero_stage,
+            recompute=config.recompute == "block",
+            mlp_chunks=config.mlp.chunks,
+            loss_chunks=config.loss.chunks,
+            packed=config.ulysses.packed,
+            head_chunks=config.ulysses.chunks,
+            gather_kv=config.ring.kv == "all_gather",
+            tied=model.tie_embeddings,
+            clipping=config.optim.grad_clip is not None,
+        )
+
+    @property
+    def tokens(self) -> Amount:
+        """T: of a tp group, between the attentions."""
+        return self.B * self.L / (self.u * self.r)
+
+    @property
+    def D(self) -> Amount:
+        """Bytes of a tp group's activation."""
+        return self.tokens * self.d * self.e
+
+    @property
+    def q(self) -> Amount:
+        """Bytes of a rank's queries."""
+        return self.tokens * self.h * self.K / self.tp * self.e
+
+    @property
+    def kv(self) -> Amount:
+        """Bytes of a rank's keys, and of its values, copies included."""
+        return self.tokens * self.rho * self.kv_heads * self.K * self.e
+
+    @property
+    def kv_heads(self) -> Amount:
+        """Of a tp rank."""
+        return self.h_kv * self.kv_shared / self.tp
+
+    @property
+    def sharing(self) -> Amount:
+        """Ranks that hold different tokens, over which ZeRO shards."""
+        return self.dp * self.u * self.r
+
+    @property
+    def forwards(self) -> tuple[str, ...]:
+        """The phases in which a block's forward runs."""
+        return ("forward", "recompute") if self.recompute else ("forward",)
+
+    def pieces(self, chunks: int, tp: Amount) -> tuple[int, Amount]:
+        """How many pieces a rank's 1/tp of the tokens is cut into, at most `chunks`; which part the last one is."""
+        if chunks == 1:
+            return 1, 1
+        here = self.L // (self.u * self.r * tp)
+        size = ceil(here / chunks)
+        pieces = ceil(here / size)
+        return pieces, (here - (pieces - 1) * size) / here

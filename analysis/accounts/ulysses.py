@@ -1,0 +1,41 @@
+"""ulysses: heads for tokens and back: q, k, v, out, and their gradients (Jacobs et al. 2023, section 3)."""
+
+from analysis.accounts.account import Account
+from analysis.accounts.letters import Letters
+from analysis.accounts.published import ODYSSEUS, USP, Published
+from analysis.accounts.sent import Sent, all_to_all
+
+
+def exchanges(s: Letters) -> list[Sent]:
+    """q, k and v together or each by itself, and out; for each chunk of the heads."""
+    of, calls = ("q, k, v, out", 2) if s.packed else ("q; k; v; out", 4)
+    size = 2 * s.q + 2 * s.kv
+    return [all_to_all(phase, s.u, size, of, s.head_chunks * calls) for phase in (*s.forwards, "backward")]
+
+
+ACCOUNT = Account(
+    attention=(exchanges,),
+    rows={"": {}, "ulysses.packed": {"packed": True}, "ulysses.chunks=2": {"head_chunks": 2}},
+    published=(
+        Published(
+            ODYSSEUS,
+            "8 All2All; RS + 2 AG",
+            activations="8*B*L*d/N",
+            weights="4*d**2 + 3*d*i",
+            memory="1/N",
+            differs="8 L d / N holds for h_kv = h, 4 (1 + h_kv / h) L d / N in general; the weights' is the number of "
+            "parameters, three times that is sent",
+        ),
+        Published(
+            USP,
+            "8 All2All",
+            activations="8*B*L*d/N",
+            weights="",
+            memory="1/N",
+            differs="holds for h_kv = h; the paper's 9.37 d² parameters of a Llama block forget the gate matrix "
+            "(12.06 in 7B)",
+        ),
+    ),
+    colour="#0072b2",
+    marker="o",
+)

@@ -1,0 +1,124 @@
+"""The weights of a rank: which there are, what ZeRO sends of them, and what is kept of them.
+
+ZeRO: Rajbhandari et al. 2020, sections 5 and 7. FSDP2 cuts dim 0 of every weight into equal parts, and pads it.
+"""
+
+from dataclasses import dataclass, replace
+
+from analysis.accounts.letters import WIDE, Amount, Letters, whole
+from analysis.accounts.sent import Sent, all_gather, all_reduce, reduce_scatter
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tp rank's slice of a matrix or a norm, and how it is cut: by `tp`, as a shared `kv` head, or `not`."""
+
+    rows: Amount
+    columns: Amount
+    cut: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Weights that travel together along an axis of so many ranks, `times` times a model."""
+
+    weights: list[Weight]
+    ranks: Amount
+    times: Amount = 1
+    axis: str = "zero"
+
+
+def norm(s: Letters) -> Weight:
+    return Weight(s.d, 1, "not")
+
+
+def attention_weights(s: Letters) -> list[Weight]:
+    kv = Weight(s.kv_heads * s.K, s.d, "kv" if s.kv_shared != 1 else "tp")
+    return [Weight(s.h * s.K / s.tp, s.d, "tp"), kv, kv, Weight(s.d, s.h * s.K / s.tp, "tp")]
+
+
+def mlp_weights(s: Letters, tp: Amount) -> list[Weight]:
+    wide = whole(s.i / tp)
+    return [Weight(wide, s.d, "tp"), Weight(wide, s.d, "tp"), Weight(s.d, wide, "tp")]
+
+
+def of_blocks(s: Letters) -> list[Group]:
+    """Every block's weights together."""
+    return [Group([*attention_weights(s), *mlp_weights(s, s.tp), norm(s), norm(s)], s.sharing, s.layers)]
+
+
+def of_ends(s: Letters) -> list[Group]:
+    """The embedding; the head with the last norm."""
+    table = Weight(whole(s.V / s.tp), s.d, "tp")
+    if s.tied:
+        return [Group([table, norm(s)], s.sharing)]
+    return [Group([table], s.sharing), Group([table, norm(s)], s.sharing)]
+
+
+def zero(group: Group, s: Letters) -> list[Sent]:
+    """Stage 3: AG forward, AG backward, RS. 2: AG, RS.
+
+    Below stage 2: AR of the gradients (0), or RS of them and AG of the weights (1), once a step for the whole model.
+    """
+    p = group.ranks
+    if s.stage < 2:
+        size = sum(w.rows * w.columns for w in group.weights) * s.e_w
+        if s.stage == 0:
+            return [all_reduce("backward", p, size, "P", 0, True)]
+        return [reduce_scatter("backward", p, size, "P", 0, True), all_gather("optimizer", p, size, "P", 0, True)]
+    elements = sum(whole(w.rows / p) * p * w.columns for w in group.weights)
+    lines = [all_gather("forward", p, elements * s.e, "P", weights=True)]
+    if s.stage == 3:
+        lines.append(all_gather("backward", p, elements * s.e, "P", weights=True))
+    return [*lines, reduce_scatter("backward", p, elements * s.e_w, "P", weights=True)]
+
+
+def zero_step(groups: list[Group], s: Letters) -> list[Sent]:
+    """The same of a whole step."""
+    if s.stage >= 2:
+        return [line.times(group.times) for group in groups for line in zero(group, s)]
+    in_buffers = [Group([Weight(elements, 1, "not")], ranks) for ranks, elements in buffers(groups, s)]
+    return [replace(line, calls=1) for group in in_buffers for line in zero(group, s)]
+
+
+def buffers(groups: list[Group], s: Letters) -> list[tuple[Amount, Amount]]:
+    """Below stage 2: one buffer for all weights that are cut alike and shared by the same ranks: ranks, elements.
+
+    It is padded to equal parts.
+    """
+    alike: dict[tuple, Amount] = {}
+    for group in groups:
+        for w in group.weights:
+            key = group.axis, group.ranks, w.cut if s.tp != 1 and group.axis == "zero" else "not"
+            alike[key] = alike.get(key, 0) + group.times * w.rows * w.columns
+    return [(p, whole(elements / p) * p) for (_, p, _), elements in alike.items()]
+
+
+def summed_over_tp(s: Letters, split_norms: bool) -> list[Sent]:
+    """At a step's end, in fp32: gradients of the norms and of shared kv heads, of which each tp rank has a part."""
+    cut = s.sharing if s.stage else 1  # where ZeRO has sharded them already
+    norms = (2 * s.layers + 1) * whole(s.d / cut) if split_norms else 0
+    shared = s.layers * whole(2 * s.K * s.d / cut)
+    return [
+        all_reduce("backward", s.tp, norms * WIDE, "norms", weights=True),
+        all_reduce("backward", s.kv_shared, shared * WIDE, "kv heads", weights=True),
+    ]
+
+
+def clipped(s: Letters) -> list[Sent]:
+    """The gradient's norm, one number."""
+    return [all_reduce("optimizer", s.sharing * s.tp, WIDE, "norm", weights=True)] if s.clipping else []
+
+
+def kept(groups: list[Group], s: Letters) -> dict[str, Amount]:
+    """Bytes of params, grads and optimizer that a rank keeps: two moments, and AdamW's step count for every tensor."""
+    if s.stage < 2:
+        parts = [(elements, elements / p if s.stage == 1 else elements, 1) for p, elements in buffers(groups, s)]
+    else:
+        parts = []
+        for group in groups:
+            for w in group.weights:
+                shard = group.times * whole(w.rows / group.ranks) * w.columns
+                parts.append((shard, shard, group.times))
+    held, trained, tensors = (sum(column) for column in zip(*parts, strict=True))
+    return {"params": held * s.e_w, "grads": held * s.e_w, "optimizer": 2 * trained * s.e_w + WIDE * tensors}

@@ -1,0 +1,57 @@
+"""Hydra's side of the command line: it composes configurations, and what it refuses is said in one sentence."""
+
+import sys
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from bench.app.job import Job
+from conf import compose
+
+HYDRA: dict[str, Any] = {
+    "defaults": [
+        "keys",
+        "_self_",
+        {"override hydra/launcher": "ranks"},
+        {"override hydra/sweeper": "product"},
+        {"override hydra/job_logging": "none"},
+        {"override hydra/hydra_logging": "none"},
+    ],
+    "hydra": {
+        "output_subdir": None,
+        "run": {"dir": "."},
+        "sweep": {"dir": "runs/${name}", "subdir": "."},  # Hydra's own multirun.yaml goes there too
+    },
+}
+
+
+def run() -> None:
+    """Run what the command line says. Ends the process with 1 where nothing ended well."""
+    compose.register()
+    ConfigStore.instance().store(name="bench", node=HYDRA)
+    words = [word for word in sys.argv[1:] if not word.startswith("-")]
+    multirun = any(word in ("-m", "--multirun") for word in sys.argv[1:])
+    try:
+        if len(words) + multirun == len(sys.argv[1:]):  # else Hydra is asked about itself
+            compose.check_overrides(words, multirun)
+        main()
+    except compose.REFUSED as error:
+        sys.exit(f"bench: {compose.sentence(error)}")
+    except KeyboardInterrupt:  # before the first configuration runs; later ones have their own answer
+        sys.exit(130)
+
+
+@hydra.main(version_base="1.3", config_path=str(compose.HERE), config_name="bench")
+def main(composed: DictConfig) -> None:
+    from bench.app.sweep import run_one
+
+    try:
+        job = Job.of(composed, HydraConfig.get().overrides.task)
+    except compose.REFUSED as error:  # here: Hydra would say first that a job has failed
+        sys.exit(f"bench: {compose.sentence(error)}")
+    row = run_one(job)
+    if row["status"] != "ok":
+        sys.exit(1)

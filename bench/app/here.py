@@ -1,0 +1,67 @@
+"""What of a configuration depends on this machine: a peer's package, a checkpoint's files, the data, the device."""
+
+import importlib.util
+
+from bench.workloads import data
+from conf.huggingface import CheckpointError
+from conf.kernels import kernel_that_runs
+from conf.keys import Config
+from conf.meshes import PEERS
+from conf.resolve import Resolved
+from conf.words import Invalid
+
+
+def check(resolved: Resolved) -> None:
+    """Raises Invalid for what is not here; `auto` kernels become the one that runs here."""
+    config = resolved.config
+    check_package(config)
+    if config.model.name == "hf":
+        check_checkpoint(resolved)
+    if config.workload == "step" and config.mode != "simulate":
+        data.check(config)
+    check_device(config)
+    pick_kernel(config)
+
+
+def check_package(config: Config) -> None:
+    name = config.strategy.name
+    if (peer := PEERS.get(name)) is not None and importlib.util.find_spec(peer.package) is None:
+        raise Invalid(
+            f"strategy={name} needs the package {peer.package}: ./run.sh peers installs it; {peer.ours} is ours"
+        )
+
+
+def check_checkpoint(resolved: Resolved) -> None:
+    """Is every tensor there, with its shape?"""
+    from models.checkpoint import Checkpoint
+
+    model = resolved.config.model
+    try:
+        checkpoint = Checkpoint(str(model.path))
+        checkpoint.check(model)
+    except CheckpointError as error:
+        raise Invalid(f"model.path: {error}") from None
+    if "BF16" in checkpoint.dtypes and resolved.config.precision == "fp32":
+        resolved.notes.append("the bfloat16 checkpoint was read into fp32")
+
+
+def check_device(config: Config) -> None:
+    """Is there a GPU for each rank that runs at a time?"""
+    needed = {"real": config.world_size, "emulate": 1, "simulate": 0}[config.mode]
+    if config.device == "cuda" and needed and (gpus := count_gpus()) < needed:
+        would_do = f"world_size={gpus}, mode=emulate or device=cpu" if gpus else "mode=simulate or device=cpu"
+        ranks = f"world_size={config.world_size}" if config.mode == "real" else f"mode={config.mode}"
+        raise Invalid(f"device=cuda: {ranks} needs {needed} GPUs and there are {gpus}; {would_do} would do")
+
+
+def count_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def pick_kernel(config: Config) -> None:
+    """Fake tensors are on the CPU, whatever they stand for."""
+    device = "cpu" if config.mode == "simulate" else config.device
+    dtype = "float32" if config.precision == "fp32" else "bfloat16"
+    config.attention.kernel = kernel_that_runs(config.attention.kernel, device, dtype, config.model.head_dim or 1)

@@ -1,0 +1,86 @@
+"""Records: every configuration ends as runs/<name>/<run_id>/record.json, and as a row of runs/<name>/results.csv."""
+
+import csv
+import json
+import os
+import subprocess
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from conf.columns import COMM_COLUMNS, csv_columns, described
+from conf.keys import Config, run_id
+from conf.measurement import Entry
+
+ROOT = Path(__file__).parents[2]
+RUNS = Path("runs")
+Row = dict[str, Any]
+saving = threading.Lock()  # simulated configurations run several at a time
+
+
+def save(folder: Path, row: Row, comm: Iterable[Entry]) -> None:
+    """Write one configuration's record and its comm.csv, then the sweep's results.csv."""
+    target = folder / row["run_id"]
+    lines = [{**asdict(entry), "sent_bytes": round(entry.sent_bytes)} for entry in comm]
+    with saving:
+        target.mkdir(parents=True, exist_ok=True)
+        write_csv(target / "comm.csv", COMM_COLUMNS, lines)
+        replace(target / "record.json", json.dumps(row, indent=2) + "\n")
+        write_csv(folder / "results.csv", csv_columns(), load_all(folder))
+
+
+def find(folder: Path, config: Config) -> Row | None:
+    """The row of a resolved configuration, under today's run_id or that of an older version; None if there is none."""
+    wanted = run_id(config)
+    if (row := load(folder, wanted)) is not None:
+        return row
+    rows = [row for row in load_all(folder) if "config" in row]
+    return next((row for row in rows if run_id(Config.of(row["config"])) == wanted), None)
+
+
+def load(folder: Path, run_id: str) -> Row | None:
+    """A record that was written whole, or None. What it does not say of its configuration was as by default."""
+    try:
+        row = json.loads((folder / run_id / "record.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return {**described(Config.of(row["config"])), **row} if "config" in row else row
+
+
+def load_all(folder: Path) -> list[Row]:
+    """Every record of a sweep, oldest first."""
+    found = (load(folder, file.parent.name) for file in folder.glob("*/record.json"))
+    return sorted((record for record in found if record), key=lambda record: (record["started_at"], record["run_id"]))
+
+
+def write_csv(file: Path, columns: list[str], rows: Iterable[Mapping]) -> None:
+    temporary = file.with_suffix(".tmp")
+    with open(temporary, "w", newline="") as out:
+        writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, file)
+
+
+def replace(file: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, file)
+
+
+@cache
+def provenance() -> Row:
+    """The commit of this checkout, and whether it was changed since."""
+
+    def git(*args: str) -> str:
+        result = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=False)
+        return result.stdout.strip() if result.returncode == 0 else ""
+
+    try:
+        return {"git_sha": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain"))}
+    except FileNotFoundError:  # no git on this machine
+        return {"git_sha": "", "git_dirty": None}

@@ -1,0 +1,139 @@
+"""One configuration to one row."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+
+from analysis.accounts import step_bytes
+
+from bench.app import here, judge, records
+from bench.app.job import Job
+from bench.app.records import Row
+from bench.ranks.launch import Outcome
+from bench.ranks.task import Task
+from bench.simulation.fit import longest
+from conf.columns import described, measured
+from conf.keys import Config, run_id
+from conf.measurement import Entry, Measured, Round
+from conf.meshes import PEERS
+from conf.resolve import Resolved, resolve
+from conf.words import Invalid
+
+Launcher = Callable[[Task, str], Outcome]  # of a task, and what is special about it
+
+
+def resolved_here(config: Config) -> Resolved:
+    """The configuration that will run on this machine. Raises Invalid."""
+    resolved = resolve(config)
+    here.check(resolved)
+    return resolved
+
+
+def run(job: Job, rerun: str, launcher: Launcher, rounds: list[Round] | None = None) -> Row:
+    """Run one configuration and write its row, or return the row that is kept from an earlier run.
+
+    rounds: what was measured in earlier rounds of this sweep; this round's is added to it.
+    """
+    rounds = rounds if rounds is not None else []
+    folder = records.RUNS / job.config.name
+    started = time.time()
+    where_from = {**records.provenance(), "command": job.command, "started_at": now()}
+    comm: list[Entry] = []
+    try:
+        resolved = resolved_here(job.config)
+    except Invalid as fault:
+        row = {"run_id": run_id(job.config), "status": "invalid", "reason": str(fault), **described(job.config)}
+    else:
+        config = resolved.config
+        stored = records.find(folder, config)
+        if stored and not rounds and stays(stored, rerun, config.rounds):
+            return {**stored, "kept": True}
+        row = {"run_id": run_id(config), "status": "", "reason": "", **described(config), "config": asdict(config)}
+        outcome = launched(config, str((folder / row["run_id"]).resolve()), launcher, rounds)
+        row |= {"status": outcome.status, "reason": outcome.reason}
+        if outcome.traceback:
+            row["traceback"] = outcome.traceback
+        if outcome.status == "ok":
+            found = Measured(config, rounds, step_bytes(config), outcome.seconds, peak_tflops(config, rounds))
+            row |= {**measured(found), "reason": "; ".join(resolved.notes)}
+            row |= judged(row) or fit(config, row, launcher)
+            comm = found.busiest.comm
+    row |= {**where_from, "seconds": round(time.time() - started, 3)}
+    records.save(folder, row, comm)
+    return row
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def stays(row: Row, rerun: str, rounds: int) -> bool:
+    """Is this row kept, and not measured again? An invalid one costs nothing to look at again."""
+    if row["status"] == "invalid" or (row["status"] == "ok" and len(row.get("round_ms", [0])) < rounds):
+        return False
+    return rerun == "none" or (rerun == "failed" and row["status"] == "ok")
+
+
+def launched(config: Config, traces: str, launcher: Launcher, rounds: list[Round]) -> Outcome:
+    """A round of a configuration, added to its rounds if it ended well."""
+    task = Task(config, traces)
+    outcome = launcher(task, "")
+    if outcome.status != "ok":
+        return outcome
+    found = Round(outcome.ranks)
+    if config.exposed_comm:
+        silent = launcher(replace(task, silent=True), "collectives return at once")
+        if silent.status != "ok":
+            return silent
+        found.silent = silent.ranks
+    rounds.append(found)
+    return outcome
+
+
+def peak_tflops(config: Config, rounds: list[Round]) -> float | None:
+    device_name = rounds[0].ranks[0].device_name
+    return judge.peak_tflops_of(device_name, config.precision) if config.device == "cuda" and device_name else None
+
+
+def judged(row: Row) -> Row:
+    """What is to be said of a row that is wrong; a peer's is still a row."""
+    if (fault := judge.implausible(row)) is not None:
+        return {"status": "error", "reason": fault}
+    if (wrong := judge.inaccurate(row)) is not None:
+        return {"status": "ok" if row["strategy"] in PEERS else "error", "reason": joined(wrong, row["reason"])}
+    return {}
+
+
+def fit(config: Config, row: Row, launcher: Launcher) -> Row:
+    """Does the simulated rank fit into its GPU, and, if that is asked, up to which sequence would it?"""
+    if config.mode != "simulate" or config.cluster is None:
+        return {}
+    capacity, peak = row["capacity_bytes"], row["peak_bytes"]
+    status, reason = row["status"], row["reason"]
+    if peak > capacity:
+        have = f"the fullest rank holds {gib(peak)} and a {config.cluster.name} has {gib(capacity)}"
+        status, reason = "oom", joined(have, reason)
+    if config.search == "none":
+        return {"status": status, "reason": reason}
+
+    def peak_of(seq_len: int) -> int:
+        outcome = launcher(Task(replace(config, seq_len=seq_len)), f"does seq_len={seq_len} fit?")
+        if outcome.status != "ok":
+            raise RuntimeError(f"search={config.search} ended at seq_len={seq_len}: {outcome.reason}")
+        return max(rank.peak.total for rank in outcome.ranks)
+
+    try:
+        found = longest(config, capacity, peak_of)
+    except RuntimeError as error:
+        return {"status": "error", "reason": str(error)}
+    said = f"seq_len={found} is the longest that fits" if found else "no sequence is short enough to fit"
+    return {"status": status, "reason": joined(reason, said), "max_seq_len": found}
+
+
+def joined(*parts: str) -> str:
+    return "; ".join(part for part in parts if part)
+
+
+def gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

@@ -1,0 +1,126 @@
+"""One configuration after the other, and the table at the end."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
+
+from bench.app import records
+from bench.app.job import Job
+from bench.app.records import Row
+from bench.app.row import Launcher, run
+from bench.app.terminal import console, in_sight, in_silence, outcome_line, print_table, say
+from bench.ranks.launch import Outcome, start_server
+from bench.ranks.task import Task
+from conf.columns import described
+from conf.keys import Key, run_id
+from conf.labels import swept_by, title
+from conf.measurement import Round
+
+
+def run_one(job: Job) -> Row:
+    """A single run always measures."""
+    start_server()
+    row = run(job, "all", watched("", job, []))
+    if row["status"] == "ok":
+        print_table([row], job.config.name)
+    else:
+        console.print(f"{title(row, [])} · {outcome_line(row)}", style="red")
+    return row
+
+
+def run_all(jobs: list[Job]) -> list[Row]:
+    """Run a sweep's jobs one after the other, and print the table. Ctrl-C leaves every finished row on disk."""
+    done: dict[int, Row] = {}
+    name = jobs[0].config.name
+    try:
+        start_server()
+        simulated = all(job.config.mode == "simulate" for job in jobs)
+        for i, row in (simulate_each if simulated else run_each)(jobs):
+            done[i] = row
+    except KeyboardInterrupt:
+        console.print(f"interrupted: {len(done)} of {len(jobs)} rows are in {records.RUNS / name}; ", end="")
+        console.print("the same command again goes on from there")
+        sys.exit(130)
+    rows = [done[i] for i in sorted(done)]
+    print_table(rows, name)
+    return rows
+
+
+def watched(place: str, job: Job, among: list[Key]) -> Launcher:
+    """A launcher that says what it launches."""
+
+    def launcher(task: Task, special: str) -> Outcome:
+        what = title(described(task.config), among)
+        return in_sight(task, f"{place}{what}{f' · {special}' if special else ''}")
+
+    return launcher
+
+
+class Families:
+    """Launches simulated configurations of which many differ in nothing but how long and how many sequences are.
+
+    How a step grows with depth is the same for these: the third depth (bench/simulation/simulate.py) is run for the
+    first alone.
+    """
+
+    def __init__(self) -> None:
+        self.foretold: set[str] = set()
+
+    def __call__(self, task: Task, special: str) -> Outcome:
+        family = run_id(replace(task.config, seq_len=1, batch_size=1))
+        outcome = in_silence(replace(task, known=family in self.foretold), special)
+        if outcome.status == "ok" and all(rank.foretold for rank in outcome.ranks):
+            self.foretold.add(family)
+        return outcome
+
+
+def simulate_each(jobs: list[Job]) -> Iterator[tuple[int, Row]]:
+    """Simulated ranks need no quiet machine: as many jobs at a time as there are cores."""
+    started, launcher = time.monotonic(), Families()
+    among = swept_by([job.config for job in jobs])
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        waiting = {pool.submit(run, job, job.config.rerun, launcher): i for i, job in enumerate(jobs)}
+        try:
+            for n, future in enumerate(as_completed(waiting), 1):
+                row = future.result()
+                left = (time.monotonic() - started) / n * (len(jobs) - n)
+                say(f"[{n}/{len(jobs)}, about {left:.0f} s left] ", row, among)
+                yield waiting[future], row
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def run_each(jobs: list[Job]) -> Iterator[tuple[int, Row]]:
+    """The number of a job and its row, as they are done; a line for each run: which, how many are left, how long.
+
+    With rounds, every job runs once before any runs again, so that all meet the same good and bad moments.
+    """
+    among = swept_by([job.config for job in jobs])
+    spent: list[float] = []
+    measured: list[list[Round]] = [[] for _ in jobs]
+    turns = turns_of(jobs)
+    over: set[int] = set()
+    for n, (turn, i) in enumerate(turns):
+        if i in over:
+            continue
+        job = jobs[i]
+        left = f", about {sum(spent) / len(spent) * (len(turns) - n):.0f} s left" if spent else ""
+        place = f"[{n + 1}/{len(turns)}{left}] "
+        started = time.monotonic()
+        row = run(job, job.config.rerun, watched(place, job, among), measured[i])
+        launched = row["status"] != "invalid" and not row.get("kept")
+        if launched:
+            spent.append(time.monotonic() - started)
+        say(place, row, among, said=launched and not console.is_terminal)
+        if turn + 1 == job.config.rounds or not launched or row["status"] != "ok":
+            over.add(i)
+            yield i, row
+
+
+def turns_of(jobs: list[Job]) -> list[tuple[int, int]]:
+    """(round, job): all jobs of a round before the next; a job that cannot run has one, in which it says so."""
+    last = max(job.config.rounds for job in jobs)
+    return [(turn, i) for turn in range(max(1, last)) for i, job in enumerate(jobs) if turn < max(1, job.config.rounds)]

@@ -1,0 +1,83 @@
+"""What the terminal shows: a line for each row as it is done, and a table of them at the end."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.app import records
+from bench.app.records import Row
+from bench.app.row import gib
+from bench.ranks.launch import Outcome, launch
+from bench.ranks.task import Task
+from conf.columns import MEASURED
+from conf.groups import written
+from conf.keys import Key
+from conf.labels import swept, text, title, where
+
+console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True, highlight=False, markup=False)
+
+
+def in_silence(task: Task, what: str) -> Outcome:
+    return launch(task, lambda text: None)
+
+
+def in_sight(task: Task, what: str) -> Outcome:
+    """Say meanwhile what runs; on a terminal in a line that also says how far it is, and goes."""
+    if not console.is_terminal:
+        console.print(what)
+        return in_silence(task, what)
+    with console.status(what) as status:
+        return launch(task, lambda text: status.update(f"{what} · {text}"))
+
+
+def say(place: str, row: Row, among: Sequence[Key], said: bool = False) -> None:
+    """A row that is done; said: what it ran stands in the line above."""
+    before = "    → " if said else f"{place}{title(row, among)} · "
+    console.print(f"{before}{outcome_line(row)}", style=None if row["status"] == "ok" else "red")
+
+
+def outcome_line(row: Row) -> str:
+    if row["status"] != "ok":
+        return f"{row['status']}: {row['reason']}"
+    kept = " (kept from an earlier run)" if row.get("kept") else ""
+    if row.get("step_ms_median") is None:
+        return f"{gib(row['peak_bytes'])} at most on a rank, {row['comm_bytes'] / 2**20:,.1f} MiB sent{kept}"
+    return f"{row['step_ms_median']:.1f} ms a step{kept}"
+
+
+def cells(row: Row, among: Sequence[Key]) -> dict[str, str]:
+    """What the table says of a row, by heading."""
+    found = {"strategy": row["strategy"], "mesh": where(row), "seq_len": text(row["seq_len"])}
+    found |= {written(key.path): text(row.get(key.column)) for key in among if key.path != "ring.layout"}
+    found[""] = row["status"] if row["status"] != "ok" else ""
+    for column in MEASURED:
+        if column.head:
+            found[column.head] = column.text(row)
+            if column.name == "peak_bytes" and row.get("peak_bytes") and row.get("capacity_bytes"):
+                found["of memory"] = f"{row['peak_bytes'] / row['capacity_bytes']:.0%}"
+    if row.get("losses"):
+        found["loss"] = f"{row['loss_first']:.4f} → {row['loss_last']:.4f}"
+    return found
+
+
+def print_table(rows: list[Row], name: str) -> None:
+    """One line a row: its strategy, mesh and length, what was swept, and the columns that some row has a value for."""
+    among = swept(rows)
+    table = Table(title=f"sweep {name}" if len(rows) > 1 else None, title_justify="left")
+    lines = [cells(row, among) for row in rows]
+    heads = [head for head in dict.fromkeys(head for line in lines for head in line) if any(x.get(head) for x in lines)]
+    for head in heads:
+        table.add_column(head, justify="left" if head in ("strategy", "mesh") else "right")
+    for line in lines:
+        table.add_row(*(line.get(head, "") for head in heads))
+    console.print(table)
+    if all(row["mode"] == "simulate" for row in rows):
+        console.print("mode=simulate has no clock yet: times are left empty")
+    for row in rows:
+        if row["reason"]:
+            console.print(f"{title(row, among)} · {row['status']}: {row['reason']}")
+    results = os.path.join(records.RUNS, name, "results.csv")
+    console.print(f"{results}: one row each, with memory, bytes by phase and command")

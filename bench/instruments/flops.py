@@ -1,0 +1,54 @@
+"""Floating-point operations of one step on one rank: matrix products as dispatched, attention causal-exactly.
+
+A causal mask lets S (S + 1) / 2 of the S^2 query-key pairs through, and only these are counted, whatever the kernel
+computes. A pair costs 4 K a head forward (scores and output) and 10 K backward (five products: Dao 2023, section 3.1).
+Recomputation is not counted: it is the model's operations that MFU relates to the peak (Chowdhery et al. 2022).
+"""
+
+from typing import Any
+
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry
+
+from bench.instruments.instrument import Instrument
+from bench.instruments.ledger import recomputing
+
+
+class FlopCounter(Instrument):
+    """Counts matrix products; wrap the attention kernel in CountedKernel so that it is counted by pairs."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self.in_attention = False
+
+    def saw(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
+        formula = flop_registry.get(func._overloadpacket)
+        if formula and not self.in_attention and not recomputing():
+            self.add(formula(*args, **kwargs, out_val=out))
+
+    def add(self, flops: int) -> None:
+        self.total += flops * self.times
+
+
+class CountedKernel:
+    """An attention kernel that reports the pairs that it was asked for."""
+
+    def __init__(self, kernel, counter: FlopCounter) -> None:
+        self.kernel, self.counter = kernel, counter
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool):
+        return self.counted(self.kernel.forward, 4, q, k, (q, k, v), causal)
+
+    def backward(self, grad, q: Tensor, k: Tensor, v: Tensor, out, lse, causal: bool):
+        return self.counted(self.kernel.backward, 10, q, k, (grad, q, k, v, out, lse), causal)
+
+    def counted(self, call, flops_per_dim: int, q: Tensor, k: Tensor, tensors, causal: bool):
+        batch, s_q, heads, head_dim = q.shape
+        pairs = s_q * (s_q + 1) // 2 if causal else s_q * k.shape[1]
+        if not recomputing():
+            self.counter.add(flops_per_dim * batch * heads * head_dim * pairs)
+        self.counter.in_attention = True
+        try:
+            return call(*tensors, causal)
+        finally:
+            self.counter.in_attention = False

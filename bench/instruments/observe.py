@@ -1,0 +1,121 @@
+"""One step with every instrument on: what it sends, computes and holds. Instruments cost time, so it is never timed."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.instruments.flops import CountedKernel, FlopCounter
+from bench.instruments.instrument import Instrument
+from bench.instruments.ledger import Ledger
+from bench.instruments.memory import MemoryLog
+from conf.measurement import Entry, Peak
+from strategies.base import Strategy
+from strategies.ops.hooks import every_hop, hooked
+from strategies.ops.mesh import Axis
+
+
+class Workload(Protocol):
+    """What can be observed: something that runs in steps of three parts."""
+
+    strategy: Strategy
+    model: nn.Module
+
+    def forward(self, batch: Any) -> Tensor: ...
+
+    def backward(self, result: Tensor) -> None: ...
+
+    def update(self) -> None: ...
+
+    def state(self) -> dict[str, list[Tensor]]: ...
+
+
+@dataclass
+class Observed:
+    """One rank's step: the lines of comm.csv, FLOPs, and bytes held: at most, by place, and when forward ended."""
+
+    comm: list[Entry]
+    flops: int
+    peaks: dict[str, Peak]
+    after_forward: int
+
+    @property
+    def peak(self) -> Peak:
+        return max(self.peaks.values(), key=lambda peak: peak.total)
+
+
+class Instruments(TorchDispatchMode):
+    """Shows every operation that runs inside `with Instruments(...):`, once it has run, to all of them."""
+
+    def __init__(self, log: MemoryLog, *others: Instrument) -> None:
+        super().__init__()
+        self.lent, self.instruments, self.fake = log.lent, (log, *others), log.fake_mode
+        self.contexts = ExitStack()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or every operation is wrapped once more
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented  # it comes back as operations on its local tensor, which is what is here
+        kwargs = kwargs or {}
+        if self.fake is not None:  # asked here, for to send every operation through two modes takes a third more
+            out = self.fake.__torch_dispatch__(func, types, args, kwargs)
+        else:
+            self.lent.settle()
+            out = func(*(self.lent.lend(args) if func.namespace == "c10d" else args), **kwargs)
+        if func.namespace != "prim":
+            for instrument in self.instruments:
+                instrument.saw(func, args, kwargs, out)
+        return out
+
+    def __enter__(self):
+        for instrument in self.instruments:
+            self.contexts.enter_context(instrument.watching())
+        return super().__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        self.contexts.close()
+
+    @contextmanager
+    def counting(self, times: int) -> Iterator[None]:
+        """What runs inside stands for so many alike."""
+        for instrument in self.instruments:
+            instrument.times = times
+        yield
+        for instrument in self.instruments:
+            instrument.times = 1
+
+
+Hops = Callable[[Instruments, Axis, str], Iterable[int]]  # around an axis, in a layout
+
+
+def observe(
+    training: Workload, batch: Any, log: MemoryLog, hops: Hops = lambda seen, axis, layout: every_hop(axis, layout)
+) -> Observed:
+    """Run one more step, with nothing compiled: a fused kernel shows no instrument what it holds.
+
+    Gradients and optimizer state must be there already, as they are from the second step on.
+    """
+    ledger, counter = Ledger(training.model, training.strategy), FlopCounter()
+    options = training.strategy.options
+    kernel, options.kernel = options.kernel, CountedKernel(options.kernel, counter)
+    seen = Instruments(log, ledger, counter)
+    around = hooked(hops=lambda axis, layout: hops(seen, axis, layout))
+    with torch.compiler.set_stance("force_eager"), seen, around:
+        loss = training.forward(batch)
+        log.end_forward()
+        ledger.phase = "backward"
+        training.backward(loss)
+        ledger.phase = "optimizer"
+        log.reach("update")
+        training.update()
+    options.kernel = kernel
+    return Observed(list(ledger.entries.values()), counter.total, log.peaks(), log.after_forward)

@@ -1,0 +1,185 @@
+"""One rank of one configuration: train, time, count, and send the measurements to the parent."""
+
+import faulthandler
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from multiprocessing import util
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo  # FSDP2 imports it when first used: better once in the server than again in every rank
+import torch.distributed as dist
+
+from bench.instruments.memory import MemoryLog
+from bench.instruments.observe import Observed, observe
+from bench.instruments.timing import Stopwatch
+from bench.instruments.trace import trace
+from bench.ranks.launch import Failure
+from bench.ranks.task import Task
+from bench.simulation.emulated import stand_for
+from bench.simulation.simulate import simulate
+from bench.workloads.attention import AttentionAlone
+from bench.workloads.build import build
+from bench.workloads.training import PRECISIONS, Training
+from conf.keys import Config
+from conf.measurement import Rank
+from models import checkpoint
+from strategies.ops.weights import whole_parameters
+
+
+def serve(rank: int, task: Task, folder: str, pipe: Connection) -> None:
+    """The process of one rank. Sends texts about its progress, and in the end a Rank or a Failure.
+
+    folder holds the rendezvous file, and where a rank writes its stack when the parent asks (SIGUSR1).
+    """
+    os.setpgrp()  # Ctrl-C is the parent's to handle
+    stacks = open(os.path.join(folder, f"stack{rank}"), "w")  # noqa: SIM115 (open as long as the process)
+    faulthandler.register(signal.SIGUSR1, stacks, all_threads=False)
+    threading.Thread(target=die_with_parent, args=(pipe,), daemon=True).start()
+    try:
+        measured = run(rank, task, folder, pipe.send)
+        util._exit_function()  # or locks that libraries have made are reported as leaked
+        pipe.send(measured)
+    except BaseException as error:
+        pipe.send(describe(error))
+        os._exit(1)
+    os._exit(0)
+
+
+def die_with_parent(pipe: Connection) -> None:
+    """The parent never sends: when its end closes, it is gone."""
+    pipe.poll(None)
+    os._exit(1)
+
+
+def describe(error: BaseException) -> Failure:
+    """What happened, whether memory was short, and whether it is but the echo of another rank's end."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in message
+    echo = any(words in message for words in ("onnection closed by peer", "onnection reset by peer", "Broken pipe"))
+    said = "".join(traceback.format_exception(error))
+    return Failure(f"{type(error).__name__}: {message}", out_of_memory, echo, said)
+
+
+def run(rank: int, task: Task, folder: str, progress: Callable[[str], None]) -> Rank:
+    """One rank's measurements of a configuration in its mode."""
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // task.processes))
+    join(rank, task, folder)
+    if task.config.mode == "simulate":
+        observed, foretold = simulate(task.config, progress, task.known)
+        cluster = task.config.cluster
+        return measured(observed, device_name=cluster.name if cluster else None, foretold=foretold)
+    return run_steps(task, progress)
+
+
+def join(rank: int, task: Task, folder: str) -> None:
+    """Become rank `rank`: of a group of processes, or of one that is made up."""
+    config = task.config
+    world_size, device = config.world_size, config.device
+    if device == "cuda" and config.mode != "simulate":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    if world_size == 1:
+        return
+    if config.mode != "real" or task.silent:
+        stand_for(rank, world_size, device)
+        return
+    dist.init_process_group(
+        BACKENDS[device],
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=config.timeout_s + 60),  # the parent's limit comes first
+        device_id=torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else None,
+    )
+
+
+def run_steps(task: Task, progress: Callable[[str], None]) -> Rank:
+    """Real tensors: time the steps, then observe one more."""
+    config = task.config
+    on_gpu = config.device == "cuda"
+    made_up = config.mode != "real" or task.silent  # what others would have sent, and so the loss
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    workload, batch_of = build(config)
+    watch = Stopwatch(config.device)
+    shares: list[torch.Tensor] = []
+    total = config.warmup + config.steps
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    for step in range(total):
+        batch = batch_of(step)
+        if config.world_size > 1:
+            dist.barrier()
+        with watch.step():
+            result = workload.forward(batch)
+            watch.lap()
+            workload.backward(result)
+            watch.lap()
+            workload.update()
+        if isinstance(workload, AttentionAlone):
+            workload.time_the_whole()
+        else:
+            shares.append(result.detach())
+        progress(f"step {step + 1}/{total}")
+    found: dict[str, Any] = {"steps": watch.steps()[config.warmup :]}
+    if isinstance(workload, AttentionAlone):
+        found["ideal"] = workload.ideal_ms()[config.warmup :]
+    elif not made_up:
+        found["losses"] = workload.global_loss(torch.stack(shares))
+    allocated = torch.cuda.max_memory_allocated() if on_gpu else None
+    found["reserved"] = torch.cuda.max_memory_reserved() if on_gpu else None
+    if config.save_path is not None and not made_up:
+        save(workload, config, rank)
+    if config.profile and not task.silent:
+        trace(workload, batch, Path(task.traces) / f"trace_rank{rank}.json")
+    if isinstance(workload, AttentionAlone) and not made_up:
+        found["errors"] = workload.errors()
+    progress("counting")
+    observed = observe(workload, batch, MemoryLog(config.device, workload.state()))
+    device_name = torch.cuda.get_device_name() if on_gpu else cpu_name()
+    counted = measured(observed, device_name=device_name, **found)
+    if allocated is not None:  # the real allocator's peak includes what kernels take inside themselves
+        peak = counted.peak
+        counted.peak = replace(peak, total=allocated, other=peak.other + allocated - peak.total)
+    return counted
+
+
+def measured(observed: Observed, **found: Any) -> Rank:
+    """What was observed, and what else was found."""
+    return Rank(
+        comm=observed.comm,
+        flops=observed.flops,
+        peak=observed.peak,
+        after_forward=observed.after_forward,
+        backend=dist.get_backend() if dist.is_initialized() else "none",
+        torch_version=torch.__version__,
+        **found,
+    )
+
+
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+
+
+def save(training: Training, config: Config, rank: int) -> None:
+    """Write the trained weights as a Hugging Face directory. Every rank takes part; rank 0 writes."""
+    tensors = whole_parameters(training.model, training.shapes)
+    if rank == 0:
+        dtype = str(PRECISIONS[config.precision][0]).removeprefix("torch.")
+        checkpoint.write(config.save_path, training.model.config, tensors, dtype)
+    else:
+        for _ in tensors:
+            pass
+
+
+def cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as info:
+            return next(line.partition(":")[2].strip() for line in info if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return "CPU"

@@ -1,0 +1,55 @@
+"""One process that stands for any rank of any number: its collectives return at once.
+
+torch's fake process group is the ground: its ops go through the dispatcher like any other's, so every instrument sees
+them. Two of its habits are mended here for real tensors: a gather repeats this rank's shard in one copy and not in one
+per rank, and a receive gets what was sent last instead of memory as it was found, which may hold NaN. What arrives has
+the right size and sane values, but is not what others would have sent. Strategies run on it unchanged.
+"""
+
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, library
+from torch._C._distributed_c10d import _create_work_from_future
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from strategies.ops.hooks import hooks
+
+in_flight: list[Tensor] = []  # sent and not yet received
+mended: list[library.Library] = []
+
+
+def stand_for(rank: int, world_size: int, device: str) -> None:
+    """Make this process rank `rank` of `world_size`, in place of init_process_group."""
+    if not mended:
+        mended.append(library.Library("c10d", "IMPL"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it replaces kernels is what it is for
+            for key in ("CPU", "CUDA"):
+                for op, function in (("_allgather_base_", gather), ("send", send), ("recv_", receive)):
+                    mended[0].impl(op, function, key, allow_override=True)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    hooks.backend_of = lambda group: "nccl" if device == "cuda" else "gloo"
+
+
+def done() -> torch.ScriptObject:
+    future = torch.futures.Future()
+    future.set_result(None)
+    return _create_work_from_future(future).boxed()
+
+
+def gather(output: Tensor, shard: Tensor, group, async_op: bool = True, timeout: int = -1):
+    ranks = output.numel() // shard.numel() if shard.numel() else 1
+    output.view(ranks, *shard.shape).copy_(shard.expand(ranks, *shard.shape))
+    return output, done()
+
+
+def send(tensors: list[Tensor], group, destination: int, tag: int):
+    in_flight.append(tensors[0])
+    return done()
+
+
+def receive(tensors: list[Tensor], group, source: int, tag: int):
+    tensors[0].copy_(in_flight.pop())
+    return done()

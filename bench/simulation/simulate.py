@@ -1,0 +1,168 @@
+"""mode=simulate: one rank of any cluster, in seconds, on fake tensors: they have a shape and no memory.
+
+Everything but the clock works on them: the ledger, the FLOP counter and the memory log are those of a real step, and so
+is the code that they watch. A deep model need not run in full: two shallow ones tell what a layer adds, and a third
+must come out as these two foretell, or the full depth is run after all.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import astuple, replace
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.instruments.memory import MemoryLog
+from bench.instruments.observe import Instruments, Observed, Workload, observe
+from bench.simulation.fake import RememberingFakeMode
+from bench.workloads.build import build_attention, build_strategy, build_training
+from conf.keys import Config
+from conf.measurement import Entry, Peak
+from strategies.ops.hooks import every_hop
+from strategies.ops.layouts import visible
+from strategies.ops.mesh import Axis
+
+DEPTHS = 4, 5, 6  # of the two that are extrapolated and the one that they must foretell
+EDGE = 2  # blocks at either end of the model that may differ from those between, because FSDP2 prefetches
+BLOCK = re.compile(r"blocks\.(-?\d+)")
+NOTHING = {"calls": 0, "payload_bytes": 0, "sent_bytes": 0.0}
+
+
+def simulate(config: Config, progress: Callable[[str], None], known: bool = False) -> tuple[Observed, bool]:
+    """One rank's step, in its steady state, and whether it was foretold. Raises what the model raises on fake tensors.
+
+    known: the third depth came out as the other two foretell when nothing but the lengths was different, so it need not
+    be run again.
+    """
+    n_layers = config.model.n_layers
+
+    def of_depth(depth: int) -> Observed:
+        progress(f"{depth} of {n_layers} layers")
+        return step_of(config, depth)
+
+    if config.workload == "step" and not config.full_depth and n_layers > DEPTHS[-1]:
+        *base, third = DEPTHS
+        short, longer = (of_depth(depth) for depth in base)
+        if known or foretold(extrapolated(short, longer, third), of_depth(third)):
+            return extrapolated(short, longer, n_layers), True
+    return of_depth(n_layers), False
+
+
+def alike_once(seen: Instruments, axis: Axis, layout: str) -> Iterator[int]:
+    """Hops around a ring: those that are alike run a few times only, one of them counted for the others.
+
+    A hop is like the one before if it sees the same tile of the visiting block. The first two and the last of those
+    that are alike always run, because what is in flight beside them differs.
+    """
+    for _, group in groupby(range(axis.size), lambda hop: visible(layout, axis.rank, (axis.rank - hop) % axis.size, 4)):
+        alike = list(group)
+        yield from alike[:2]
+        if between := alike[2:-1]:
+            with seen.counting(len(between)):
+                yield between[0]
+        yield from alike[2:][-1:]
+
+
+def all_hops(seen: Instruments, axis: Axis, layout: str) -> Iterable[int]:
+    return every_hop(axis, layout)
+
+
+def step_of(config: Config, n_layers: int) -> Observed:
+    """A step of the model cut to n_layers."""
+    config = replace(config, model=replace(config.model, n_layers=n_layers))
+    strategy = build_strategy(config)
+    fake = RememberingFakeMode()
+    workload: Workload
+    if config.workload == "attention":
+        with fake:
+            workload, batch = build_attention(config, strategy), None
+    else:
+        workload = training = build_training(config, strategy)  # on the meta device
+        tokens = torch.zeros((), dtype=torch.int64).expand(config.batch_size, config.seq_len)
+        batch = training.place(tokens, tokens)
+        parts = {name: fake.from_tensor(getattr(batch, name)) for name in ("tokens", "labels", "positions")}
+        batch = replace(batch, **parts)
+        with fake:
+            training.load(lambda name, shape: torch.empty(shape)).warm()
+    with fake:
+        log = MemoryLog("cpu", workload.state(), fake)
+    tell_places(workload.model, log)
+    return observe(workload, batch, log, all_hops if config.full_depth else alike_once)
+
+
+def tell_places(model: nn.Module, log: MemoryLog) -> None:
+    """Have the log know which module's forward or backward goes on."""
+    for name, module in model.named_modules():
+        if name in ("embed", "head") or (name.startswith("blocks.") and name.count(".") == 1):
+
+            def enter(module: nn.Module, args: tuple, name: str = name) -> None:
+                log.reach(f"forward {name}")
+
+            def leave(module: nn.Module, args: tuple, out: Tensor, name: str = name) -> None:
+                out.register_hook(lambda grad: log.reach(f"backward {name}"))
+
+            module.register_forward_pre_hook(enter, prepend=True)
+            module.register_forward_hook(leave)
+
+
+def extrapolated(short: Observed, longer: Observed, n_layers: int) -> Observed:
+    """What two steps, of DEPTHS[0] layers and of one more, say of n_layers: each layer more adds the same.
+
+    Peaks are followed place by place, and the peak is the highest of them: where it is may depend on the depth.
+    """
+
+    def further(at_short: float, at_longer: float) -> float:
+        return at_longer + (n_layers - DEPTHS[1]) * (at_longer - at_short)
+
+    def grown(short: Peak | Entry, longer: Peak | Entry, names: Iterable[str]) -> Any:
+        return replace(longer, **{name: further(getattr(short, name), getattr(longer, name)) for name in names})
+
+    before, after = edges(short.peaks, DEPTHS[0]), edges(longer.peaks, DEPTHS[1])
+    peaks = {place: grown(before[place], after[place], vars(Peak())) for place in after}
+    known = {subject(entry): entry for entry in short.comm}
+    comm = []
+    for entry in longer.comm:
+        if (block := BLOCK.search(entry.source)) is None:
+            comm.append(grown(known[subject(entry)], entry, NOTHING))
+        else:  # weights of one block: the same for every block in between
+            for i in stands_for(int(block[1]), n_layers):
+                comm.append(replace(entry, source=BLOCK.sub(f"blocks.{i}", entry.source)))
+    flops = int(further(short.flops, longer.flops))
+    return Observed(comm, flops, peaks, int(further(short.after_forward, longer.after_forward)))
+
+
+def edges(peaks: dict[str, Peak], depth: int) -> dict[str, Peak]:
+    """The peaks at the ends of the model and in the blocks near them, these counted from the end that they are near.
+
+    What a block holds grows or falls evenly from one to the next, so none between holds more than all of these.
+    """
+    found = {place: peak for place, peak in peaks.items() if not BLOCK.search(place)}
+    for phase in ("forward", "backward"):
+        for i in range(-EDGE, EDGE):
+            found[f"{phase} blocks.{i}"] = peaks[f"{phase} blocks.{i % depth}"]
+    return found
+
+
+def stands_for(i: int, n_layers: int) -> list[int]:
+    """The blocks of a deeper model that are as block i of DEPTHS[1] layers, of which one is no block near an end."""
+    if i == EDGE:
+        return list(range(EDGE, n_layers - EDGE))
+    return [i if i < EDGE else n_layers - (DEPTHS[1] - i)]
+
+
+def subject(entry: Entry) -> tuple:
+    """What a line of comm.csv is about: the line without its sizes."""
+    return astuple(replace(entry, **NOTHING))
+
+
+def foretold(guess: Observed, seen: Observed) -> bool:
+    """Is what was extrapolated to DEPTHS[2] what a step of that depth shows?"""
+    same_peaks = guess.peaks == edges(seen.peaks, DEPTHS[2])
+    same_sizes = (guess.flops, guess.after_forward) == (seen.flops, seen.after_forward)
+    return same_peaks and same_sizes and in_order(guess.comm) == in_order(seen.comm)
+
+
+def in_order(comm: list[Entry]) -> list[tuple]:
+    return sorted(astuple(entry) for entry in comm)

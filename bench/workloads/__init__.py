@@ -1,0 +1,1 @@
+"""What a rank runs: a training step, or attention alone, on which tokens."""

@@ -1,0 +1,136 @@
+"""workload=attention: the strategy's attention alone, on q, k and v of the model's head shape (Fang and Zhao 2024).
+
+It stands where Training stands and has the same parts of a step, so every instrument works on it too. Beside each
+step, one process computes the attention of all heads over the whole sequence: the share of the ideal is how close the
+ranks together come to that, and the error is how far from it they are.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bench.instruments.timing import Stopwatch
+from conf.keys import ModelConfig
+from strategies.base import Strategy
+from strategies.ops.kernels import attend
+from strategies.ops.mesh import Axis
+
+
+class AttentionAlone:
+    """One rank's q, k, v, cut from whole ones that depend on `seed` alone, and a step of attention on them."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        strategy: Strategy,
+        batch_size: int,
+        seq_len: int,
+        backward: bool = True,
+        seed: int = 0,
+    ) -> None:
+        self.strategy, self.mesh, self.device = strategy, strategy.mesh, strategy.mesh.device
+        self.model = nn.Module()  # none, for the instruments that look for its weights
+        self.with_backward = backward
+        generator = torch.Generator(self.device).manual_seed(seed)
+        q_shape = (batch_size, seq_len, config.n_heads, config.head_dim)
+        kv_shape = (batch_size, seq_len, config.n_kv_heads, config.head_dim)
+        self.whole = [
+            torch.randn(shape, device=self.device, generator=generator).to(strategy.options.compute_dtype)
+            for shape in (q_shape, kv_shape, kv_shape, q_shape)
+        ]  # q, k, v and the output's gradient
+        q, k, v, self.grad = (self.part(whole) for whole in self.whole)
+        self.qkv = [t.requires_grad_(backward) for t in (q, k, v)]
+        if not self.times_the_whole:
+            self.whole = []
+        self.watch = Stopwatch(self.device)
+        self.truth: dict[str, Tensor] = {}
+
+    @property
+    def times_the_whole(self) -> bool:
+        return not dist.is_initialized() or dist.get_rank() == 0 or dist.get_backend() == "fake"
+
+    def part(self, whole: Tensor) -> Tensor:
+        """[B, S, H, K] -> this rank's [B_dp, S_local, H_tp, K]."""
+        positions = self.strategy.split(torch.arange(whole.shape[1])[None])[0].to(whole.device)
+        rows, heads = slice(*self.mesh.dp.span(len(whole))), slice(*span_of_heads(whole.shape[2], self.mesh.tp))
+        return whole[rows, :, heads].index_select(1, positions).contiguous()
+
+    def forward(self, batch: None = None) -> Tensor:
+        return self.strategy.core_attention(*self.qkv)
+
+    def backward(self, out: Tensor) -> None:
+        if self.with_backward:
+            out.backward(self.grad)
+
+    def update(self) -> None:
+        for t in self.qkv:
+            t.grad = None
+
+    def state(self) -> dict[str, list[Tensor]]:
+        """There is no model: what the step starts from are the activations q, k, v and the output's gradient."""
+        return {"activations": [*self.qkv, self.grad]}
+
+    def time_the_whole(self) -> None:
+        """On one rank, while the others wait: the whole attention in one process, with every core of a CPU."""
+        if self.times_the_whole:
+            threads = torch.get_num_threads()
+            if self.device == "cpu":
+                torch.set_num_threads(len(os.sched_getaffinity(0)))
+            q, k, v, grad = self.whole
+            qkv = [t.detach().requires_grad_(self.with_backward) for t in (q, k, v)]
+            with self.watch.step():
+                out = attend(*qkv, self.strategy.options.kernel)
+                self.watch.lap()
+                if self.with_backward:
+                    out.backward(grad)
+                self.watch.lap()
+            torch.set_num_threads(threads)
+            self.truth = self.results(out, qkv)
+        if dist.is_initialized():
+            dist.barrier()
+
+    def errors(self) -> dict[str, float]:
+        """How far this rank's output and gradients are from its part of the whole ones, where it has those.
+
+        As root mean squares, relative to the whole's: a part may be zero but for rounding, as is the gradient of the
+        first query, which sees one key.
+        """
+        out = self.forward()
+        self.backward(out)
+        found = self.results(out, self.qkv)
+        self.update()
+        if self.truth and self.mesh.tp.size > self.whole[1].shape[2]:  # then neighbours share a kv head
+            found = {name: t for name, t in found.items() if name not in ("grad of k", "grad of v")}
+        return {
+            name: rms(found[name].double() - self.part(whole).double()) / rms(whole.double())
+            for name, whole in self.truth.items()
+            if name in found
+        }
+
+    def results(self, out: Tensor, qkv: list[Tensor]) -> dict[str, Tensor]:
+        grads = {f"grad of {name}": t.grad for name, t in zip("qkv", qkv, strict=True) if self.with_backward}
+        return {"output": out.detach(), **grads}
+
+    def ideal_ms(self) -> list[float]:
+        """Of each step, what a perfect division of the whole among the ranks would take, where this rank timed it.
+
+        GPUs divide it, and so do emulated ranks, which have the device to themselves; real ranks on a CPU share the
+        cores that the one process had.
+        """
+        alone = dist.is_initialized() and (self.device == "cuda" or dist.get_backend() == "fake")
+        divided = dist.get_world_size() if alone else 1
+        return [step.step / divided for step in self.watch.steps()]
+
+
+def span_of_heads(n: int, tp: Axis) -> tuple[int, int]:
+    """This tp rank's heads of n: an equal part, or the one that it shares with its neighbours."""
+    if n >= tp.size:
+        return tp.span(n)
+    mine = tp.rank * n // tp.size
+    return mine, mine + 1
+
+
+def rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()

@@ -1,0 +1,86 @@
+"""From a resolved configuration to what one rank runs: its training, or its attention alone, and its batches."""
+
+import zlib
+from collections.abc import Callable
+
+import torch
+
+import strategies
+from bench.workloads import data
+from bench.workloads.attention import AttentionAlone
+from bench.workloads.training import PRECISIONS, Batch, Training
+from conf.keys import Config
+from models import checkpoint
+from strategies.base import Options, Strategy
+from strategies.ops.kernels import pick_kernel
+
+
+def build_strategy(config: Config) -> Strategy:
+    """This rank's strategy on its mesh. Simulated tensors are on the CPU, whatever device they stand for."""
+    device = "cpu" if config.mode == "simulate" else config.device
+    compute_dtype = PRECISIONS[config.precision][1]
+    kernel = pick_kernel(config.attention.kernel, device, compute_dtype, config.model.head_dim)
+    options = Options.of(config, kernel, compute_dtype)
+    return strategies.build(config.strategy.name, vars(config.mesh), options, device, config.placement)
+
+
+def build_training(config: Config, strategy: Strategy) -> Training:
+    """workload=step, without its weights yet."""
+    return Training(
+        config.model,
+        strategy,
+        config.optim,
+        PRECISIONS[config.precision],
+        recompute=config.recompute == "block",
+        mlp_chunks=config.mlp.chunks,
+        loss_chunks=config.loss.chunks,
+        compiled=config.compile,
+    )
+
+
+def build_attention(config: Config, strategy: Strategy) -> AttentionAlone:
+    """workload=attention."""
+    return AttentionAlone(
+        config.model,
+        strategy,
+        config.batch_size,
+        config.seq_len,
+        backward=config.direction == "forward_backward",
+        seed=config.seed,
+    )
+
+
+def build(config: Config) -> tuple[Training | AttentionAlone, Callable[[int], Batch | None]]:
+    """What runs, and what it runs on in a step; attention alone takes the same q, k and v every time."""
+    strategy = build_strategy(config)
+    if config.workload == "attention":
+        return build_attention(config, strategy), lambda step: None
+    training = build_training(config, strategy).load(initial_weights(config))
+    source = data.load(config)
+    return training, lambda step: training.place(*global_batch(source, step, config))
+
+
+def initial_weights(config: Config) -> Callable[[str, torch.Size], torch.Tensor]:
+    """A checkpoint's, or random ones."""
+    if config.model.name == "hf":
+        files = checkpoint.Checkpoint(config.model.path)
+        return lambda name, shape: files.tensor(name)
+    return lambda name, shape: initial(name, shape, config.seed, config.device)
+
+
+def initial(name: str, shape: torch.Size, seed: int, device: str) -> torch.Tensor:
+    """A whole initial parameter, fp32: ones for norms, N(0, 0.02) for matrices, a function of (seed, name) alone."""
+    if len(shape) == 1:
+        return torch.ones(shape, device=device)
+    generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    return torch.empty(shape, device=device).normal_(0, 0.02, generator=generator)
+
+
+def global_batch(
+    source: data.RandomTokens | data.StoredTokens, step: int, config: Config
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and labels [B, S] of one step, the same on every rank."""
+    first = step * config.batch_size
+    rows = [source.sample(first + b, config.seq_len) for b in range(config.batch_size)]
+    samples = torch.stack([torch.from_numpy(row) for row in rows])
+    return samples[:, :-1].clamp(min=0), samples[:, 1:]

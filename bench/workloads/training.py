@@ -1,0 +1,136 @@
+"""One rank's training: a sharded Llama, its optimizer, and the three parts of a step that the instruments time."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from conf.keys import ModelConfig, OptimConfig
+from models.llama import POINTWISE, Llama
+from strategies.base import Strategy
+from strategies.ops.vocab import IGNORED
+from strategies.ops.weights import finish_gradients, gradient_norm, local, materialize, publish_weights, trained
+
+PRECISIONS = {  # of the weights that the optimizer updates, and of the activations
+    "fp32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "bf16_mixed": (torch.float32, torch.bfloat16),
+}
+
+
+@dataclass
+class Batch:
+    """What one rank sees of a global batch. tokens, labels [B_dp, S_local]; positions [S_local]."""
+
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor
+    n_valid: int  # labels that count in the global batch
+
+
+class Training:
+    """Build the model's share of this rank, load its weights, then forward, backward and update in turn.
+
+    dtypes: of weights and activations, one of PRECISIONS (tests pass float64).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        strategy: Strategy,
+        optim: OptimConfig,
+        dtypes: tuple[torch.dtype, torch.dtype] = PRECISIONS["fp32"],
+        recompute: bool = False,
+        mlp_chunks: int = 1,
+        loss_chunks: int = 1,
+        compiled: bool = False,
+    ) -> None:
+        weights_dtype, compute_dtype = dtypes
+        self.strategy, self.mesh, self.device = strategy, strategy.mesh, strategy.mesh.device
+        with torch.device("meta"):
+            model = Llama(config, strategy, compute_dtype, recompute, mlp_chunks, loss_chunks)
+        self.model = model.to(weights_dtype)
+        self.shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
+        strategy.shard(self.model)
+        if compiled:
+            for module in self.model.modules():
+                if isinstance(module, POINTWISE):
+                    module.compile()
+        self.optim = optim
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def load(self, whole: Callable[[str, torch.Size], Tensor]) -> "Training":
+        """Give the model its weights: whole(name, shape) is a whole parameter, asked for one at a time."""
+        materialize(self.model, self.device, lambda name: whole(name, self.shapes[name]))
+        return self
+
+    def place(self, tokens: Tensor, labels: Tensor) -> Batch:
+        """This rank's part of a global batch of whole sequences, tokens and labels [B, S]."""
+        n_valid = int((labels != IGNORED).sum())
+        positions = torch.arange(tokens.shape[1])[None]
+        start, stop = self.mesh.dp.span(len(tokens))
+        tokens, labels = tokens[start:stop], labels[start:stop]
+        if start == stop:  # fewer sequences than dp ranks: take part in the collectives with one that counts nothing
+            tokens, labels = torch.zeros_like(positions), torch.full_like(positions, IGNORED)
+        tokens, labels, positions = (self.strategy.split(t).to(self.device) for t in (tokens, labels, positions))
+        return Batch(tokens.contiguous(), labels.contiguous(), positions[0], max(1, n_valid))
+
+    def forward(self, batch: Batch) -> Tensor:
+        """This rank's share of the loss: the shares of the ranks along the zero axis add up to it."""
+        return self.model(batch.tokens, batch.labels, batch.positions) / batch.n_valid
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+        finish_gradients(self.model)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Clip, AdamW, and zero the gradients, which stay allocated from step to step."""
+        if self.optimizer is None:
+            self.optimizer = self.make_optimizer()
+        if self.optim.grad_clip is not None:
+            scale = (self.optim.grad_clip / (gradient_norm(self.model) + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([shard.grad for shard in self.optimizer.param_groups[0]["params"]], scale)
+        self.optimizer.step()
+        publish_weights(self.model)
+        self.zero_grads()
+
+    def warm(self) -> None:
+        """Make the gradients and the optimizer's state, which a first step would leave, without its forward."""
+        for parameter in self.model.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.update()
+
+    def zero_grads(self) -> None:
+        torch._foreach_zero_([local(parameter.grad) for parameter in self.model.parameters()])
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """AdamW over plain tensors, this rank's shards: it is elementwise, and needs nothing from DTensor."""
+        shards = []
+        for weights, grad, _, _ in trained(self.model):
+            shards.append(torch.nn.Parameter(weights))
+            shards[-1].grad = grad
+        o = self.optim
+        return torch.optim.AdamW(
+            shards, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay, fused=True
+        )
+
+    @torch.no_grad()
+    def state(self) -> dict[str, list[Tensor]]:
+        """What of the model and its optimizer lives on this rank, after the first update."""
+        parameters = list(self.model.parameters())
+        return {
+            "params": [local(parameter).detach() for parameter in parameters],
+            "grads": [local(parameter.grad) for parameter in parameters],
+            "optimizer": [moment for state in self.optimizer.state.values() for moment in state.values()],
+        }
+
+    def global_loss(self, shares: Tensor) -> list[float]:
+        """The losses of which each rank of the zero axis holds a share."""
+        shares = shares.clone()
+        if self.mesh.zero.size > 1:
+            dist.all_reduce(shares, group=self.mesh.zero.group)
+        return shares.tolist()

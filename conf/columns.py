@@ -1,0 +1,194 @@
+"""Every column of a row, once: its name, its unit, what it means, where it comes from and where it is shown.
+
+record.json, results.csv, the terminal's table and the report's are made from this list. The keys of a configuration are
+columns too (conf/keys.py); here is what is measured, and who measured it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from statistics import median
+from typing import Any
+
+from conf.keys import MISSING, Config, keys, plain
+from conf.measurement import Entry, Measured, percentile
+
+KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "p2p")
+COMM_COLUMNS = [entry.name for entry in fields(Entry) if entry.name != "weights"]
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of results.csv and a field of record.json.
+
+    of: its value in what was measured; None where somebody else writes it. head: its heading where tables show it, in
+    units of `scale`, as `form` has it. timed: it needs a clock. in_csv: or in record.json alone.
+    """
+
+    name: str
+    unit: str
+    says: str
+    of: Callable[[Measured], Any] | None = None
+    head: str = ""
+    form: str = "{}"
+    scale: float = 1
+    timed: bool = False
+    in_csv: bool = True
+
+    def text(self, row: Mapping) -> str:
+        """The row's value as tables show it; nothing where it has none."""
+        value = row.get(self.name)
+        if value is None or value != value:
+            return ""
+        return self.form.format(value / self.scale if self.scale != 1 else value)
+
+
+def clock(name: str, unit: str, says: str, of: Callable[[Measured], Any], head: str = "", form: str = "{}") -> Column:
+    return Column(name, unit, says, of, head, form, timed=True)
+
+
+def bytes_of(name: str, says: str, of: Callable[[Measured], Any], head: str = "", form: str = "{:,.1f}") -> Column:
+    return Column(name, "B", says, of, head, form, MIB)
+
+
+def capacity(measured: Measured) -> int | None:
+    cluster = measured.config.cluster
+    return int(cluster.mem_gb * 2**30) if cluster else None
+
+
+def tokens_per_s(m: Measured) -> float:
+    return m.config.batch_size * m.config.seq_len / m.step_ms * 1000
+
+
+WHO = [
+    Column("run_id", "", "hash of what of the configuration is not as by default; the row's folder"),
+    Column("status", "", "ok, invalid, oom, timeout or error"),
+    Column("reason", "", "why, in a sentence"),
+]
+MEASURED = [
+    Column("device_name", "", "of the processor, or of the simulated cluster", lambda m: m.first.device_name),
+    Column("backend", "", "of the collectives", lambda m: m.first.backend),
+    # Times: of the slowest rank of each step, medians over the timed steps.
+    clock("step_ms_median", "ms", "a step", lambda m: m.step_ms, "step ms", "{:,.1f}"),
+    clock("step_ms_p10", "ms", "of the steps, the 10th percentile", lambda m: percentile(m.laps["step"], 0.1)),
+    clock("step_ms_p90", "ms", "of the steps, the 90th percentile", lambda m: percentile(m.laps["step"], 0.9)),
+    clock("forward_ms", "ms", "forward", lambda m: median(m.laps["forward"])),
+    clock("backward_ms", "ms", "backward", lambda m: median(m.laps["backward"])),
+    clock("optimizer_ms", "ms", "clipping, AdamW, new weights sent", lambda m: median(m.laps["optimizer"])),
+    clock(
+        "cpu_ms_max",
+        "ms",
+        "CPU time of a step, of the busiest rank: with more ranks than cores imbalance shows here alone",
+        lambda m: max(m.cpu_ms),
+    ),
+    clock("cpu_ms_min", "ms", "CPU time of a step, of the idlest rank", lambda m: min(m.cpu_ms)),
+    clock("tokens_per_s", "1/s", "over all ranks", tokens_per_s, "tokens/s", "{:,.0f}"),
+    clock("iterations_per_s", "1/s", "steps", lambda m: 1000 / m.step_ms),
+    clock(
+        "exposed_comm_ms",
+        "ms",
+        "of exposed_comm=true: the step less the same step with collectives that return at once",
+        lambda m: m.exposed_comm_ms,
+        "exposed ms",
+        "{:.1f}",
+    ),
+    clock(
+        "ideal_ms",
+        "ms",
+        "of workload=attention: one process' time for the whole, divided perfectly",
+        lambda m: median(m.ideal) if m.ideal else None,
+    ),
+    clock("share_of_ideal", "", "ideal_ms over the step's time", lambda m: m.share_of_ideal, "of ideal", "{:.0%}"),
+    Column(
+        "flops_per_rank",
+        "FLOP",
+        "matrix products, and the query-key pairs that a causal mask lets through, of the rank that does most",
+        lambda m: m.flops,
+    ),
+    clock("tflops_per_rank", "TFLOP/s", "flops_per_rank over the step's time", lambda m: m.tflops),
+    clock(
+        "mfu", "", "tflops_per_rank over the GPU's peak", lambda m: m.tflops / m.peak_tflops if m.peak_tflops else None
+    ),
+    # Memory: of the fullest rank at its fullest moment. On CPU, what a kernel frees before it returns is not seen.
+    bytes_of("peak_bytes", "at most, the sum of its five parts", lambda m: m.fullest.peak.total, "peak MiB"),
+    bytes_of("param_bytes", "of these, weights of this rank", lambda m: m.fullest.peak.params),
+    bytes_of("grad_bytes", "their gradients", lambda m: m.fullest.peak.grads),
+    bytes_of("optimizer_bytes", "the optimizer's state", lambda m: m.fullest.peak.optimizer),
+    bytes_of("activation_bytes", "kept from forward for backward", lambda m: m.fullest.peak.activations),
+    bytes_of("other_bytes", "gathered weights, buffers, the batch", lambda m: m.fullest.peak.other),
+    bytes_of(
+        "peak_reserved_bytes",
+        "by CUDA's allocator",
+        lambda m: max(r.reserved for r in m.ranks) if m.first.reserved is not None else None,
+    ),
+    bytes_of("after_forward_bytes", "held when forward ends", lambda m: max(rank.after_forward for rank in m.ranks)),
+    bytes_of("capacity_bytes", "memory of the cluster's GPU", capacity),
+    Column("max_seq_len", "tokens", "of search=max_seq_len: the longest that fits", head="longest", form="{:,}"),
+    # Bytes sent: of the busiest rank in a step, by the bandwidth-optimal algorithm of each collective.
+    bytes_of("comm_bytes", "in all, the sum of comm.csv", lambda m: m.sent(), "sent MiB", "{:,.2f}"),
+    bytes_of("comm_bytes_forward", "in forward", lambda m: m.sent("forward")),
+    bytes_of("comm_bytes_backward", "in backward, recomputation included", lambda m: m.sent("backward", "recompute")),
+    bytes_of("comm_bytes_optimizer", "by the optimizer", lambda m: m.sent("optimizer")),
+    bytes_of("comm_bytes_params", "of these, weights and their gradients", lambda m: m.sent(weights=True)),
+    bytes_of("comm_bytes_activations", "activations and theirs", lambda m: m.sent(weights=False)),
+    bytes_of("analytic_comm_bytes", "what the strategy's account says that it sends", lambda m: m.derived_bytes),
+    *(
+        Column(f"calls_{kind}", "", f"calls of {kind} in a step", lambda m, kind=kind: m.calls(kind))  # type: ignore[misc]
+        for kind in KINDS
+    ),
+    # Results.
+    Column(
+        "loss_first",
+        "nats",
+        "of the first step, warm-up included",
+        lambda m: m.first.losses[0] if m.first.losses else None,
+    ),
+    Column("loss_last", "nats", "of the last step", lambda m: m.first.losses[-1] if m.first.losses else None),
+    Column(
+        "relative_error",
+        "",
+        "of workload=attention: how far output or gradients are from one process', at most",
+        lambda m: max(m.first.errors.values(), default=None),
+    ),
+    Column("mode_seconds", "s", "how long the ranks of the row took in all", lambda m: m.seconds),
+    Column("torch_version", "", "", lambda m: m.first.torch_version),
+    Column("losses", "nats", "of every step", lambda m: m.first.losses, in_csv=False),
+    Column("errors", "", "of the output and each gradient", lambda m: m.first.errors, in_csv=False),
+    Column("round_ms", "ms", "a step, of each round", lambda m: m.round_ms, timed=True, in_csv=False),
+]
+WHERE_FROM = [
+    Column("git_sha", "", "the commit"),
+    Column("git_dirty", "", "was the checkout changed since"),
+    Column("command", "", "reproduces the row"),
+    Column("started_at", "UTC", "when"),
+]
+
+
+def asked() -> Iterator[Column]:
+    """A column for each key."""
+    for key in keys().values():
+        yield Column(key.column, "", key.says)
+
+
+def columns() -> list[Column]:
+    """Every column, in the order of results.csv."""
+    return [*WHO, *asked(), *MEASURED, *WHERE_FROM]
+
+
+def csv_columns() -> list[str]:
+    return [column.name for column in columns() if column.in_csv]
+
+
+def described(config: Config) -> dict[str, Any]:
+    """The columns that say what was asked for."""
+    values = {key.column: plain(key.of(config)) for key in keys().values()}
+    return {name: None if value == MISSING else value for name, value in values.items()}
+
+
+def measured(found: Measured) -> dict[str, Any]:
+    """The columns that say what came out."""
+    return {
+        column.name: column.of(found)
+        for column in MEASURED
+        if column.of is not None and (found.timed or not column.timed)
+    }

@@ -1,0 +1,24 @@
+"""What is chosen by name: strategies, models, data, clusters, sweeps. Presets are the yaml files beside this one."""
+
+from pathlib import Path
+
+from conf import meshes
+from conf.keys import keys
+
+HERE = Path(__file__).parent
+CHOSEN = {"strategy": "strategy.name", "model": "model.name", "data": "data.name"}  # group -> the key that it sets
+OPEN = ("cluster", "sweep")  # groups of which none need be chosen
+
+
+def options(group: str) -> list[str]:
+    """What a group can be."""
+    if group == "strategy":
+        return sorted(meshes.names())
+    if group == "data":
+        return list(keys()["data.name"].choices)
+    return sorted(file.stem for file in (HERE / group).glob("*.yaml"))
+
+
+def written(path: str) -> str:
+    """A key as it is written on the command line: the key that a group sets is the group."""
+    return path.removesuffix(".name") if path in (*CHOSEN.values(), "cluster.name") else path

@@ -1,0 +1,320 @@
+"""Every key of a configuration, once: its type, its default, what it may be, and what it means in a line.
+
+Hydra's schema, `--help`, the checks, run_id, the columns of a row and the labels of a sweep are derived from these
+dataclasses. A new key is a field here and a line where it is used. Presets (models, clusters, sweeps) are the yaml
+files beside this one.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from functools import cache
+from types import UnionType
+from typing import Any, get_args, get_type_hints
+
+MISSING: Any = "???"  # as OmegaConf writes it: a preset or a checkpoint has the value
+
+
+def key(
+    default: Any,
+    says: str,
+    *,
+    choices: tuple = (),
+    least: float | None = None,
+    above: float | None = None,
+    column: str | None = None,
+    identity: bool = True,
+) -> Any:
+    """A field of a section.
+
+    says: its meaning in a line. choices, least, above: what it may be. column: its name in results.csv, where that is
+    not the section's and its own. identity: is a configuration with another value another configuration?
+    """
+    known = {"says": says, "choices": choices, "least": least, "above": above, "column": column, "identity": identity}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=known)
+    return field(default=default, metadata=known)
+
+
+def section(of: type, says: str, columns: str = "prefixed") -> Any:
+    """A field that holds keys of its own. columns: `prefixed` with its name, or `plain`."""
+    return field(default_factory=of, metadata={"says": says, "columns": columns})
+
+
+@dataclass
+class StrategyConfig:
+    name: str = key("ulysses", "one of the files in strategies/, or of the peers that are raced", column="strategy")
+
+
+@dataclass
+class RopeScaling:
+    """Llama 3.1's frequency scaling (Llama 3 herd paper, section 3.2): long waves are slowed by `factor`."""
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+@dataclass
+class ModelConfig:
+    """A Llama model's sizes. B batch, S tokens, D=dim, H=n_heads, G=n_kv_heads, K=head_dim, F=ffn_dim, V=vocab_size."""
+
+    name: str = key("tiny", "a preset of conf/model/, or hf: a Hugging Face Llama", column="model")
+    path: str | None = key(None, "of model=hf: a directory with config.json and safetensors", column="model_path")
+    dim: int = key(MISSING, "hidden size", least=1)
+    n_layers: int = key(MISSING, "blocks", least=1)
+    n_heads: int = key(MISSING, "query heads", least=1)
+    n_kv_heads: int = key(MISSING, "key and value heads; fewer than n_heads is GQA", least=1)
+    head_dim: int | None = key(None, "of a head; null = dim / n_heads", least=1)
+    ffn_dim: int = key(MISSING, "width of the gated MLP", least=1)
+    vocab_size: int = key(MISSING, "tokens that there are", least=1)
+    rope_theta: float = key(MISSING, "base of the rotary frequencies", above=0)
+    rope_scaling: RopeScaling | None = key(None, "Llama 3.1's slower long waves; null = none")
+    norm_eps: float = key(MISSING, "added to a norm's mean square")
+    tie_embeddings: bool = key(MISSING, "the head's weight is the embedding's")
+
+
+@dataclass
+class DataConfig:
+    name: str = key(
+        "text",
+        "text: bytes of files, the standard library's by default | tokens: a 1-D integer .npy | random",
+        choices=("text", "tokens", "random"),
+        column="data",
+    )
+    path: str | None = key(None, "the file or folder of data=text, the file of data=tokens")
+
+
+@dataclass
+class MeshConfig:
+    dp: int | None = key(None, "ranks that share out the batch", least=1)
+    tp: int | None = key(None, "ranks that share out heads and columns", least=1)
+    ulysses: int | None = key(None, "ranks that trade tokens for heads", least=1)
+    ring: int | None = key(None, "ranks around which keys and values travel", least=1)
+
+
+@dataclass
+class UlyssesConfig:
+    packed: bool = key(False, "q, k and v in one exchange")
+    chunks: int = key(1, "pieces of a rank's heads: one is computed while the next is exchanged", least=1)
+
+
+@dataclass
+class RingConfig:
+    layout: str = key("zigzag", "who owns which tokens", choices=("contiguous", "zigzag", "striped"))
+    kv: str = key(
+        "rotate",
+        "rotate: hops around the ring | all_gather: all keys and values at once (Llama 3)",
+        choices=("rotate", "all_gather"),
+    )
+    grad_dtype: str = key("fp32", "in which dK and dV travel", choices=("fp32", "same"))
+
+
+@dataclass
+class AttentionConfig:
+    kernel: str = key("auto", "what computes a block of attention", choices=("auto", "flash_attn", "sdpa", "math"))
+
+
+@dataclass
+class MlpConfig:
+    chunks: int = key(1, "pieces of a rank's tokens, each run again in backward (ALST)", least=1)
+
+
+@dataclass
+class LossConfig:
+    chunks: int = key(1, "likewise the head and the loss: logits never exist whole", least=1)
+
+
+@dataclass
+class OptimConfig:
+    """AdamW (Loshchilov and Hutter 2019) on every parameter."""
+
+    lr: float = key(3e-4, "learning rate")
+    betas: list[float] = key([0.9, 0.95], "decay of the two moments")
+    eps: float = key(1e-8, "added to the root of the second moment")
+    weight_decay: float = key(0.1, "decoupled")
+    grad_clip: float | None = key(1.0, "longest gradient, in its 2-norm; null = off", above=0)
+
+
+@dataclass
+class ClusterConfig:
+    """A GPU and its links, one of conf/cluster/. Speeds are a GPU's, in one direction."""
+
+    name: str = key(MISSING, "the hardware that simulated ranks stand for", column="cluster")
+    device_names: list[str] = key(MISSING, "as the driver calls it, in part")
+    bf16_dense_tflops: float = key(MISSING, "dense 16-bit peak, TFLOP/s", above=0)
+    mem_gb: float = key(MISSING, "memory, GiB", above=0)
+    hbm_gbps: float = key(MISSING, "memory bandwidth, GB/s", above=0)
+    intra_kind: str = key(MISSING, "links inside a node")
+    intra_uni_gbps_per_gpu: float = key(MISSING, "their bandwidth, GB/s", above=0)
+    gpus_per_node: int = key(MISSING, "GPUs that these links join", least=1)
+    nic_uni_gbps_per_gpu: float | None = key(MISSING, "bandwidth between nodes, GB/s; null = unknown", above=0)
+
+
+@dataclass
+class Config:
+    """Everything that one configuration is."""
+
+    strategy: StrategyConfig = section(StrategyConfig, "which strategy")
+    model: ModelConfig = section(ModelConfig, "what is trained", "plain")
+    data: DataConfig = section(DataConfig, "on which tokens")
+    world_size: int = key(4, "ranks", least=1)
+    mesh: MeshConfig = section(MeshConfig, "degrees; their product is world_size; null = the strategy decides", "plain")
+    seq_len: int = key(512, "tokens per sequence, over all ranks", least=1)
+    batch_size: int = key(1, "sequences per step, over all ranks", least=1)
+    placement: str = key(
+        "ulysses_inner", "whose neighbours are the nearest ranks", choices=("ulysses_inner", "ring_inner")
+    )
+    ulysses: UlyssesConfig = section(UlyssesConfig, "how heads are exchanged")
+    ring: RingConfig = section(RingConfig, "how keys and values travel")
+    zero_stage: int = key(
+        3,
+        "0 replicas | 1 optimizer state sharded | 2 gradients, weights too | 3 gathered twice",
+        choices=(0, 1, 2, 3),
+    )
+    precision: str = key(
+        "fp32", "of weights and activations; bf16_mixed has fp32 weights", choices=("fp32", "bf16", "bf16_mixed")
+    )
+    attention: AttentionConfig = section(AttentionConfig, "on one block")
+    recompute: str = key("none", "what forward does not keep but backward runs again", choices=("none", "block"))
+    compile: bool = key(False, "torch.compile of the norms, the rotation and the MLP's activation")
+    mlp: MlpConfig = section(MlpConfig, "the MLPs in pieces")
+    loss: LossConfig = section(LossConfig, "the loss in pieces")
+    optim: OptimConfig = section(OptimConfig, "AdamW", "plain")
+    steps: int = key(5, "timed steps", least=1)
+    warmup: int = key(2, "steps before them", least=0)
+    seed: int = key(0, "of weights, of random tokens, and of attention's random q, k and v")
+    device: str = key("cpu", "cpu (gloo) | cuda (NCCL)", choices=("cpu", "cuda"))
+    mode: str = key(
+        "real",
+        "real: every rank | emulate: one at a time, messages made up | simulate: shapes alone, of any size",
+        choices=("real", "emulate", "simulate"),
+    )
+    exposed_comm: bool = key(False, "of mode=real: times the step also with collectives that return at once")
+    profile: bool = key(
+        False, "one more step of each rank as a trace for Perfetto, in the row's folder", identity=False
+    )
+    full_depth: bool = key(False, "of mode=simulate: runs all layers and hops instead of counting those that are alike")
+    search: str = key(
+        "none",
+        "of mode=simulate: the longest sequence that fits into the cluster's memory",
+        choices=("none", "max_seq_len"),
+    )
+    cluster: ClusterConfig | None = field(
+        default=None, metadata={"says": "the hardware that simulated ranks stand for", "columns": "prefixed"}
+    )
+    workload: str = key(
+        "step",
+        "step: a training step | attention: the strategy's attention alone, without a model",
+        choices=("step", "attention"),
+    )
+    direction: str = key("forward_backward", "of workload=attention", choices=("forward", "forward_backward"))
+    rounds: int = key(
+        1, "a sweep measures all its configurations so many times in turn: pairs", least=1, identity=False
+    )
+    timeout_s: float = key(600.0, "for the whole configuration", above=0)
+    save_path: str | None = key(None, "a folder for the trained weights, in Hugging Face's format")
+    name: str = key("default", "results go to runs/<name>/", identity=False)
+    rerun: str = key(
+        "none",
+        "which rows a sweep measures again (a single run always does)",
+        choices=("none", "failed", "all"),
+        identity=False,
+    )
+
+    @classmethod
+    def of(cls, values: Mapping) -> "Config":
+        """From plain values: a composed configuration, or a record's. Keys that it does not name are as by default."""
+        return made(cls, values)
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key as it is written on the command line, its column in results.csv, and the field that declares it."""
+
+    path: str
+    column: str
+    declared: Field
+    hint: Any
+
+    @property
+    def says(self) -> str:
+        return self.declared.metadata["says"]
+
+    @property
+    def choices(self) -> tuple:
+        return self.declared.metadata["choices"]
+
+    @property
+    def default(self) -> Any:
+        made = self.declared.default_factory
+        return self.declared.default if not callable(made) else made()
+
+    def of(self, config: Config) -> Any:
+        """Its value in a configuration; None where its whole section is."""
+        value: Any = config
+        for name in self.path.split("."):
+            value = getattr(value, name) if value is not None else None
+        return value
+
+    def put(self, config: Config, value: Any) -> None:
+        """Change its value in a configuration, in place."""
+        *sections, name = self.path.split(".")
+        holder: Any = config
+        for each in sections:
+            holder = getattr(holder, each)
+        setattr(holder, name, value)
+
+
+@cache
+def keys() -> dict[str, Key]:
+    """Every key, by its path, in the order in which they are declared."""
+    return {found.path: found for found in keys_of(Config)}
+
+
+def keys_of(cls: type, path: str = "", prefix: str = "") -> Iterator[Key]:
+    hints = get_type_hints(cls)
+    for declared in fields(cls):
+        inner = section_in(hints[declared.name])
+        if "columns" in declared.metadata and inner is not None:
+            plain = declared.metadata["columns"] == "plain"
+            yield from keys_of(inner, f"{path}{declared.name}.", "" if plain else f"{declared.name}_")
+        else:
+            column = declared.metadata["column"] or f"{prefix}{declared.name}"
+            yield Key(f"{path}{declared.name}", column, declared, hints[declared.name])
+
+
+def section_in(hint: Any) -> type | None:
+    """The dataclass in an annotation, as in `ClusterConfig | None`."""
+    options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    return next((option for option in options if is_dataclass(option)), None)  # type: ignore[return-value]
+
+
+def made(cls: type, values: Mapping) -> Any:
+    """A dataclass from plain values; what it does not know is left out, what is not given is as by default."""
+    hints = get_type_hints(cls)
+    given = {}
+    for declared in fields(cls):
+        if declared.name not in values:
+            continue
+        value, inner = values[declared.name], section_in(hints[declared.name])
+        given[declared.name] = made(inner, value) if inner is not None and isinstance(value, Mapping) else value
+    return cls(**given)
+
+
+def plain(value: Any) -> Any:
+    """A value as it is written in JSON."""
+    return {f.name: plain(getattr(value, f.name)) for f in fields(value)} if is_dataclass(value) else value
+
+
+def run_id(config: Config) -> str:
+    """A hash of what of a configuration is not as by default: a new key leaves the ids of old rows as they are."""
+    differs = {}
+    for path, found in keys().items():
+        value = plain(found.of(config))
+        as_by_default = value == found.default or (found.default == MISSING and value is None)
+        if found.declared.metadata["identity"] and not as_by_default:
+            differs[path] = value
+    return hashlib.sha256(json.dumps(differs, sort_keys=True).encode()).hexdigest()[:12]

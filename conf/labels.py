@@ -1,0 +1,106 @@
+"""How a row is called: its strategy, its mesh, and every key in which it differs from another row of its sweep.
+
+Nobody lists these keys: they are found by comparing the rows. Rows are mappings from the columns of results.csv.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from conf.columns import described
+from conf.groups import written
+from conf.keys import Config, Key, keys
+from conf.meshes import AXES
+
+Row = Mapping[str, Any]
+SAID_ANYHOW = ("strategy.name", "world_size", "seq_len", *(f"mesh.{axis}" for axis in AXES))
+UNDECIDED = ("", "auto")  # what a configuration holds that was refused before it was resolved
+
+
+def mesh(row: Row) -> str:
+    """The degrees that are more than 1."""
+    return " ".join(f"{axis}={int(row[axis])}" for axis in AXES if number(row.get(axis)) > 1)
+
+
+def where(row: Row) -> str:
+    """The mesh, and around a ring its layout; or how many ranks there are."""
+    layout = f" {row['ring_layout']}" if number(row.get("ring")) > 1 and row.get("ring_layout") else ""
+    return mesh(row) + layout or f"world_size={int(number(row.get('world_size')))}"
+
+
+def number(value: Any) -> float:
+    """A column's number; 0 where there is none."""
+    return value if isinstance(value, (int, float)) and value == value else 0
+
+
+def text(value: Any) -> str:
+    """A value as it is written on the command line."""
+    if value is None or value != value:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def differing(rows: Sequence[Row]) -> list[Key]:
+    """The keys in which two of the rows differ, but those that follow from another: a preset's sizes from its name."""
+    return [key for key in keys().values() if any(len(values) > 1 for values in alternatives(rows, key).values())]
+
+
+def alternatives(rows: Sequence[Row], key: Key) -> dict[str, set[str]]:
+    """The values of a key; if its section is a preset, of each preset apart."""
+    preset = keys().get(f"{key.path.rpartition('.')[0]}.name", key)
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        value = text(row.get(key.column))
+        if row.get("status") != "invalid" or value not in UNDECIDED:
+            found.setdefault("" if preset is key else text(row.get(preset.column)), set()).add(value)
+    return found
+
+
+def swept(rows: Sequence[Row]) -> list[Key]:
+    """Those that a title does not say anyhow."""
+    return [key for key in differing(rows) if key.path not in SAID_ANYHOW]
+
+
+def swept_by(configs: Sequence[Config]) -> list[Key]:
+    """The same of configurations that have not run yet."""
+    return swept([described(config) for config in configs])
+
+
+def variant(row: Row, among: Sequence[Key]) -> str:
+    """What is special about a row, as it would be written on the command line."""
+    said = [
+        f"{written(key.path)}={text(row.get(key.column)) or 'null'}"
+        for key in among
+        if not (key.path == "ring.layout" and number(row.get("ring")) > 1)  # beside the mesh already
+    ]
+    return " ".join(said)
+
+
+def title(row: Row, among: Sequence[Key]) -> str:
+    """What a row ran: its strategy, mesh and length, and what is special about it."""
+    return " · ".join(
+        part for part in (row["strategy"], where(row), f"seq_len={row['seq_len']}", variant(row, among)) if part
+    )
+
+
+def labels(rows: Sequence[Row]) -> list[str]:
+    """A short name of each row, the same for rows that differ in their length alone."""
+    among = swept(rows)
+    meshes: dict[str, set[str]] = {}
+    for row in rows:
+        meshes.setdefault(row["strategy"], set()).add(mesh(row))
+    names = []
+    for row in rows:
+        several = len(meshes[row["strategy"]]) > 1 or " " in mesh(row) or layout_differs(among)
+        names.append(
+            " ".join(part for part in (row["strategy"], where(row) if several else "", variant(row, among)) if part)
+        )
+    return names
+
+
+def layout_differs(among: Sequence[Key]) -> bool:
+    return any(key.path == "ring.layout" for key in among)

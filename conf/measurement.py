@@ -1,0 +1,188 @@
+"""What is measured of a configuration, as plain data: it crosses from the ranks to the parent, and becomes a row."""
+
+import operator
+from dataclasses import dataclass, field
+from functools import cached_property
+from statistics import median
+
+from conf.keys import Config
+
+LAPS = ("forward", "backward", "optimizer", "step")
+
+
+@dataclass
+class Entry:
+    """One line of comm.csv: what a step sent from one line of the source, by one kind of collective."""
+
+    phase: str  # forward | recompute | backward | optimizer
+    kind: str
+    axis: str
+    group_size: int
+    dtype: str
+    source: str  # file:line of the strategy, or the module whose weights ZeRO sends
+    weights: bool  # carries weights or their gradients
+    calls: int = 0
+    payload_bytes: int = 0
+    sent_bytes: float = 0.0
+
+
+@dataclass
+class Peak:
+    """Bytes held at the moment when a step held most, and what they were.
+
+    params, grads, optimizer: this rank's share of the state, always there. activations: made in forward and kept for
+    backward. other: the rest of the moment: gathered weights, communication buffers, gradients in passing, the batch.
+    """
+
+    total: int = 0
+    params: int = 0
+    grads: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    other: int = 0
+
+
+@dataclass
+class Step:
+    """One timed step of one rank, in milliseconds."""
+
+    forward: float
+    backward: float
+    optimizer: float
+    step: float
+    cpu: float
+
+
+@dataclass
+class Rank:
+    """What one rank measured."""
+
+    comm: list[Entry]
+    flops: int
+    peak: Peak
+    after_forward: int  # bytes held when forward ended
+    device_name: str | None
+    backend: str
+    torch_version: str
+    losses: list[float] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    ideal: list[float] = field(
+        default_factory=list
+    )  # of workload=attention, ms: a perfect division of one process' time
+    errors: dict[str, float] = field(default_factory=dict)  # of workload=attention, relative to one process
+    reserved: int | None = None  # bytes, by CUDA's allocator
+    foretold: bool = False  # of mode=simulate: were shallow models enough
+
+    @property
+    def sent_bytes(self) -> float:
+        return sum(entry.sent_bytes for entry in self.comm)
+
+
+@dataclass
+class Round:
+    """All ranks of a configuration, once; and once more with collectives that return at once, where that was asked."""
+
+    ranks: list[Rank]
+    silent: list[Rank] = field(default_factory=list)
+
+
+@dataclass
+class Measured:
+    """A configuration and all its rounds. Times are of all of them; what is counted is the same in each."""
+
+    config: Config
+    rounds: list[Round]
+    derived_bytes: int | None = None  # what the account of the strategy says that it sends
+    seconds: float | None = None  # how long its ranks took
+    peak_tflops: float | None = None  # of the device, in this precision
+
+    @property
+    def ranks(self) -> list[Rank]:
+        return self.rounds[-1].ranks
+
+    @property
+    def first(self) -> Rank:
+        return self.ranks[0]
+
+    @cached_property
+    def busiest(self) -> Rank:
+        """The rank that sends most."""
+        return max(self.ranks, key=lambda rank: rank.sent_bytes)
+
+    @cached_property
+    def fullest(self) -> Rank:
+        """The rank that holds most."""
+        return max(self.ranks, key=lambda rank: rank.peak.total)
+
+    @property
+    def flops(self) -> int:
+        return max(rank.flops for rank in self.ranks)
+
+    @property
+    def timed(self) -> bool:
+        return bool(self.first.steps)
+
+    @cached_property
+    def laps(self) -> dict[str, list[float]]:
+        """Per lap, of every step of all rounds, the rank that took longest."""
+        return {lap: [ms for each in self.rounds for ms in slowest(each.ranks, lap)] for lap in LAPS}
+
+    @property
+    def step_ms(self) -> float:
+        return median(self.laps["step"])
+
+    @property
+    def tflops(self) -> float:
+        return self.flops / self.step_ms / 1e9
+
+    @property
+    def cpu_ms(self) -> list[float]:
+        """Of each rank, the median over its steps."""
+        ranks = range(len(self.ranks))
+        return [median(step.cpu for each in self.rounds for step in each.ranks[rank].steps) for rank in ranks]
+
+    @property
+    def round_ms(self) -> list[float]:
+        return [median(slowest(each.ranks, "step")) for each in self.rounds]
+
+    @property
+    def ideal(self) -> list[float]:
+        return [ms for each in self.rounds for ms in each.ranks[0].ideal]
+
+    @property
+    def share_of_ideal(self) -> float | None:
+        return median(map(operator.truediv, self.ideal, self.laps["step"])) if self.ideal else None
+
+    @property
+    def exposed_comm_ms(self) -> float | None:
+        """Step time less that of the same step when collectives return at once, round by round."""
+        if not self.rounds[0].silent:
+            return None
+        return median(
+            median(slowest(each.ranks, "step")) - median(slowest(each.silent, "step")) for each in self.rounds
+        )
+
+    def sent(self, *phases: str, weights: bool | None = None) -> int:
+        """Bytes that the busiest rank sends in these phases (in all, if none is named), line by line as in comm.csv."""
+        return sum(
+            round(entry.sent_bytes)
+            for entry in self.busiest.comm
+            if (not phases or entry.phase in phases) and weights in (None, entry.weights)
+        )
+
+    def calls(self, kind: str) -> int:
+        return sum(entry.calls for entry in self.busiest.comm if entry.kind == kind)
+
+
+def slowest(ranks: list[Rank], lap: str) -> list[float]:
+    """Of every step, the rank that took longest."""
+    return [max(getattr(step, lap) for step in of_ranks) for of_ranks in zip(*(r.steps for r in ranks), strict=True)]
+
+
+def percentile(values: list[float], share: float) -> float:
+    """Linearly interpolated, as numpy's."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)

@@ -1,0 +1,248 @@
+"""On which meshes a strategy can stand: its axes, what must divide by what, and how it takes ranks that are left open.
+
+A strategy is one line of STRATEGIES, in the order in which strategies/ is read; a library that is raced is one of
+PEERS. mesh.dp stands in front of them all, and takes the ranks that the others leave.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+
+from conf.keys import Config
+from conf.words import Invalid, around
+
+AXES = ("dp", "tp", "ulysses", "ring")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The value of configuration key `key` must satisfy `fits`, because `why`."""
+
+    key: str
+    value: int
+    why: str
+    fits: Callable[[int], bool]
+
+
+Degrees = dict[str, int]  # of dp, tp, ulysses, ring
+Needs = Callable[[Config, Degrees], Rule]
+
+
+def alone(config: Config, degrees: Degrees) -> Rule:
+    """One process."""
+    return Rule("world_size", degrees["dp"], "must be 1 for single", lambda n: n == 1)
+
+
+def heads(config: Config, degrees: Degrees) -> Rule:
+    """Heads in equal parts over ulysses and tp, and kv heads in equal parts or in equally many copies."""
+    axes = [axis for axis in ("ulysses", "tp") if axis in degrees]
+    n_heads, n_kv_heads = config.model.n_heads, config.model.n_kv_heads
+    why = f"must divide model.n_heads = {n_heads} and divide, or be a multiple of, model.n_kv_heads = {n_kv_heads}"
+    return Rule(
+        " * ".join(f"mesh.{axis}" for axis in axes),
+        prod(degrees[axis] for axis in axes),
+        why,
+        lambda ranks: heads_fit(config, ranks),
+    )
+
+
+def heads_fit(config: Config, ranks: int) -> bool:
+    n_heads, n_kv_heads = config.model.n_heads, config.model.n_kv_heads
+    return n_heads % ranks == 0 and (n_kv_heads % ranks == 0 or ranks % n_kv_heads == 0)
+
+
+def head_chunks(config: Config, degrees: Degrees) -> Rule:
+    """A rank's heads, and its kv heads (copies included), in equal chunks."""
+    ranks = degrees["ulysses"] * degrees.get("tp", 1)
+    n_heads, n_kv_heads = config.model.n_heads // ranks, max(1, config.model.n_kv_heads // ranks)
+    return Rule(
+        "ulysses.chunks",
+        config.ulysses.chunks,
+        f"must divide a rank's heads in attention, {n_heads}, and its kv heads, {n_kv_heads}",
+        lambda chunks: n_heads % chunks == 0 and n_kv_heads % chunks == 0,
+    )
+
+
+def sequence(config: Config, degrees: Degrees) -> Rule:
+    """seq_len in equal parts around the ring (two a rank in zigzag), each in equal parts over ulysses and tp."""
+    wide = [axis for axis in ("ring", "ulysses", "tp") if degrees.get(axis, 1) > 1]
+    parts = [2] if config.ring.layout == "zigzag" and "ring" in wide else []
+    names = " * ".join([*map(str, parts), *(f"mesh.{axis}" for axis in wide)])
+    of = prod([*parts, *(degrees[axis] for axis in wide)])
+    return Rule("seq_len", config.seq_len, f"must be a multiple of {names} = {of}", lambda n: n % of == 0)
+
+
+Fill = Callable[[Config, int, list[str]], Degrees]
+
+
+def first_takes_all(config: Config, free: int, left_open: list[str]) -> Degrees:
+    return {left_open[0]: free}
+
+
+def widest_ulysses(config: Config, free: int, left_open: list[str]) -> Degrees:
+    """The widest ulysses that the heads allow without copies, as long as the ring keeps at least two ranks."""
+    sizes = (free, config.model.n_heads, config.model.n_kv_heads)
+    ulysses = next((u for u in range(max(1, free // 2), 1, -1) if not any(n % u for n in sizes)), 1)
+    return {"ulysses": ulysses, "ring": free // ulysses}
+
+
+def widest_tp(config: Config, free: int, left_open: list[str]) -> Degrees:
+    """The widest tp that the heads allow, and the rest for the ring."""
+    tp = next(t for t in range(free, 0, -1) if free % t == 0 and heads_fit(config, t))
+    return {"tp": tp, "ring": free // tp}
+
+
+def two_for_each(config: Config, free: int, left_open: list[str]) -> Degrees:
+    """Two ranks for each open axis, as far as they go, and the rest for the ring: no number of heads limits it."""
+    degrees = {}
+    for axis in left_open:
+        degrees[axis] = 2 if free % 2 == 0 else 1
+        free //= degrees[axis]
+    degrees["ring" if "ring" in left_open else left_open[0]] *= free
+    return degrees
+
+
+@dataclass(frozen=True)
+class Footing:
+    """Where a strategy can stand: its axes beside dp, its rules, and how open axes share the ranks."""
+
+    axes: tuple[str, ...] = ()
+    needs: tuple[Needs, ...] = ()
+    fill: Fill = first_takes_all
+
+
+STRATEGIES = {
+    "single": Footing(needs=(alone,)),
+    "zero": Footing(),
+    "tp": Footing(("tp",), (heads,)),
+    "tp_sp": Footing(("tp",), (heads, sequence)),
+    "ulysses": Footing(("ulysses",), (heads, head_chunks, sequence)),
+    "ring": Footing(("ring",), (sequence,)),
+    "usp": Footing(("ulysses", "ring"), (heads, head_chunks, sequence), widest_ulysses),
+    "tp_usp": Footing(("tp", "ulysses", "ring"), (heads, head_chunks, sequence), two_for_each),
+    "odysseus": Footing(("tp", "ring"), (heads, sequence), widest_tp),
+}
+
+
+def at_least_two(axis: str) -> Needs:
+    """Alone on its axis a peer would send to itself."""
+    return lambda config, degrees: Rule(
+        f"mesh.{axis}", degrees[axis], "must be at least 2 for a peer", lambda degree: degree > 1
+    )
+
+
+def kv_heads_divide(axis: str, library: str) -> Needs:
+    """Kv heads in equal parts: a library that does not copy them has none for a rank too many."""
+
+    def rule(config: Config, degrees: Degrees) -> Rule:
+        n_kv_heads = config.model.n_kv_heads
+        why = f"must divide model.n_kv_heads = {n_kv_heads}, which {library} does not copy"
+        return Rule(f"mesh.{axis}", degrees[axis], why, lambda degree: n_kv_heads % degree == 0)
+
+    return rule
+
+
+def no_more_than_kv_heads(config: Config, degrees: Degrees) -> Rule:
+    n_kv_heads = config.model.n_kv_heads
+    why = f"must be at most model.n_kv_heads = {n_kv_heads}, which DeepSpeed does not copy"
+    return Rule("mesh.ulysses", degrees["ulysses"], why, lambda ulysses: ulysses <= n_kv_heads)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another library's code, raced on the mesh of the strategy of ours that it answers to."""
+
+    ours: str
+    package: str = "torch"
+    needs: tuple[Needs, ...] = ()  # beside those of ours
+    fixed: Mapping[str, object] = field(default_factory=dict)  # keys that it has one value of
+    also: tuple[str, ...] = ()  # strategies of ours that it answers to on their meshes, beside `ours`
+    attention: bool = False  # has it an attention of its own, for workload=attention
+    adapted: bool = False  # does it run on our kernel, where its own is CUDA's
+
+    @property
+    def footing(self) -> Footing:
+        ours = STRATEGIES[self.ours]
+        return Footing(ours.axes, (*self.needs, *ours.needs), ours.fill)
+
+
+PEERS = {
+    "ddp": Peer("zero", fixed={"zero_stage": 0}),
+    "fsdp2": Peer("zero", fixed={"zero_stage": 3}),
+    "torch_tp": Peer(
+        "tp_sp",
+        needs=(at_least_two("tp"), kv_heads_divide("tp", "torch")),
+        fixed={"zero_stage": 3, "mlp.chunks": 1, "loss.chunks": 1},
+    ),
+    "deepspeed_ulysses": Peer(
+        "ulysses", "deepspeed", needs=(at_least_two("ulysses"), no_more_than_kv_heads), attention=True
+    ),
+    "torch_cp": Peer("ring", needs=(at_least_two("ring"),), attention=True, adapted=True),
+    "yunchang": Peer(
+        "usp",
+        "yunchang",
+        needs=(kv_heads_divide("ulysses", "yunchang"),),
+        also=("ulysses", "ring"),
+        attention=True,
+        adapted=True,
+    ),
+}
+
+
+def names() -> list[str]:
+    """Every strategy, ours first."""
+    return [*STRATEGIES, *PEERS]
+
+
+def footing_of(name: str) -> Footing:
+    return STRATEGIES[name] if name in STRATEGIES else PEERS[name].footing
+
+
+def rules(config: Config) -> list[Rule]:
+    """What must divide by what, once every degree is known."""
+    footing = footing_of(config.strategy.name)
+    degrees = {axis: getattr(config.mesh, axis) for axis in ("dp", *footing.axes)}
+    return [need(config, degrees) for need in footing.needs]
+
+
+def fill(config: Config) -> None:
+    """Degrees whose product is world_size, on axes that the strategy has, and that divide what they split."""
+    name, mesh, world_size = config.strategy.name, config.mesh, config.world_size
+    footing = footing_of(name)
+    has = ("dp", *footing.axes)
+    for axis in AXES:
+        degree = getattr(mesh, axis)
+        if axis not in has and (degree or 1) > 1:
+            raise Invalid(f"mesh.{axis}={degree}: strategy {name} has no {axis} axis, only {' and '.join(has)}")
+    if "ring" in footing.axes and mesh.ulysses is not None:
+        check_context_parallel(config)
+    given = {axis: degree for axis in AXES if (degree := getattr(mesh, axis)) is not None}
+    product = prod(given.values())
+    left_open = [axis for axis in footing.axes if axis not in given]
+    if not left_open and mesh.dp is None:
+        left_open = ["dp"]
+    if world_size % product or (not left_open and product != world_size):
+        written = " * ".join(f"mesh.{axis}" for axis in given)
+        wrong = "is not" if not left_open else "is no multiple of"
+        near = around(world_size, lambda n: n % product == 0 if left_open else n == product)
+        raise Invalid(f"world_size={world_size} {wrong} {written} = {product}; {near} would do")
+    free = world_size // product
+    fills = footing.fill if len(left_open) > 1 else first_takes_all
+    filled = fills(config, free, left_open) if left_open else {}
+    for axis in AXES:
+        setattr(mesh, axis, given.get(axis, filled.get(axis, 1)))
+    for rule in rules(config):
+        if not rule.fits(rule.value):
+            raise Invalid(f"{rule.key}={rule.value} {rule.why}; {around(rule.value, rule.fits)} would do")
+
+
+def check_context_parallel(config: Config) -> None:
+    """Ulysses' ranks are a part of the context-parallel ranks, and the ring's are the rest (MindSpeed's rule)."""
+    mesh = config.mesh
+    outside = (mesh.dp or 1) * (mesh.tp or 1)
+    context_parallel, ulysses = config.world_size // outside, mesh.ulysses or 1
+    if mesh.ring is None and config.world_size % outside == 0 and context_parallel % ulysses:
+        raise Invalid(
+            f"the context-parallel size, world_size / (mesh.dp * mesh.tp) = {context_parallel}, must be divisible by "
+            f"mesh.ulysses={ulysses}; {around(ulysses, lambda u: context_parallel % u == 0)} would do"
+        )

@@ -1,0 +1,144 @@
+"""From what the user wrote to what will run: every null filled and every rule checked, before any rank starts.
+
+What depends on the machine (are the data, the GPUs, a peer's package here?) is asked by bench/app/here.py.
+"""
+
+import copy
+from dataclasses import dataclass, field
+
+from conf import meshes
+from conf.groups import written
+from conf.huggingface import CheckpointError, read_config
+from conf.keys import MISSING, Config, ModelConfig, keys
+from conf.words import Invalid, around, either, one_of
+
+
+@dataclass
+class Resolved:
+    """A configuration that can stand, and notes of what a reader of its row should know."""
+
+    config: Config
+    notes: list[str] = field(default_factory=list)
+
+
+def resolve(written: Config) -> Resolved:
+    """The configuration with every null filled. Raises Invalid."""
+    resolved = Resolved(copy.deepcopy(written))
+    config = resolved.config
+    if config.model.name == "hf":
+        fill_from_checkpoint(config.model)
+    check_values(config)
+    check_mode(config)
+    if (peer := meshes.PEERS.get(config.strategy.name)) is not None:
+        check_peer(resolved, peer)
+    fill_model(config.model)
+    meshes.fill(config)
+    check_batch(resolved)
+    return resolved
+
+
+def check_values(config: Config) -> None:
+    """Each key by itself: its choices and its bounds."""
+    if config.strategy.name not in meshes.names():
+        raise Invalid(one_of("strategy", config.strategy.name, meshes.names()))
+    for path, key in keys().items():
+        value, rules = key.of(config), key.declared.metadata
+        if value == MISSING:
+            raise Invalid(f"{path} is missing, and model={config.model.name} does not say it")
+        if value is None:
+            continue
+        if rules["choices"] and value not in rules["choices"]:
+            raise Invalid(one_of(written(path), value, rules["choices"]))
+        if rules["least"] is not None and value < rules["least"]:
+            raise Invalid(f"{path}={value} must be at least {rules['least']}")
+        if rules["above"] is not None and not value > rules["above"]:
+            raise Invalid(f"{path}={value} must be more than {rules['above']}")
+
+
+def check_mode(config: Config) -> None:
+    """What a mode cannot do."""
+    mode = config.mode
+    if mode == "simulate" and config.rounds > 1:
+        raise Invalid(
+            f"rounds={config.rounds}: mode=simulate has no clock yet, so there is nothing to repeat; 1 would do"
+        )
+    if mode == "simulate" and config.profile:
+        raise Invalid("profile=true: mode=simulate has no clock yet, so there is no trace; mode=emulate would do")
+    if mode == "simulate" and config.compile:
+        raise Invalid("compile=true: mode=simulate computes nothing, and knows no fused kernels; mode=emulate would do")
+    if mode == "simulate" and config.attention.kernel == "flash_attn":
+        raise Invalid(
+            "attention.kernel=flash_attn has no implementation on fake tensors; sdpa, which keeps as much, would do"
+        )
+    if mode != "real" and config.save_path is not None:
+        raise Invalid(
+            f"save_path={config.save_path}: mode={mode} trains nothing worth saving; null or mode=real would do"
+        )
+    if config.save_path is not None and config.workload != "step":
+        raise Invalid(f"save_path={config.save_path}: workload={config.workload} trains nothing; null would do")
+    if mode != "real" and config.exposed_comm:
+        raise Invalid(f"exposed_comm=true needs real collectives to compare with, and mode={mode}; mode=real would do")
+    if mode != "simulate" and (config.search != "none" or config.full_depth):
+        key = "full_depth=true" if config.search == "none" else f"search={config.search}"
+        raise Invalid(f"{key} is for mode=simulate, and mode={mode}")
+    if config.search != "none" and config.cluster is None:
+        raise Invalid(f"search={config.search} needs to know how much memory there is; cluster=h100 would do")
+
+
+def check_peer(resolved: Resolved, peer: meshes.Peer) -> None:
+    """Is there anything to measure of a peer but time? What it has one value of is set to that."""
+    config, notes = resolved.config, resolved.notes
+    name, mode = config.strategy.name, config.mode
+    if mode != "real":
+        raise Invalid(f"strategy={name} is raced, and mode={mode} has no race; mode=real or {peer.ours} would do")
+    if config.workload == "attention" and not peer.attention:
+        raise Invalid(f"workload=attention: {name} has no attention of its own; workload=step would do")
+    for path, value in peer.fixed.items():
+        key = keys()[path]
+        if key.of(config) != value:
+            notes.append(f"{name} has {path}={value} alone")
+            key.put(config, value)
+    if peer.adapted and config.device == "cpu":
+        notes.append(f"{name}'s schedule on this project's kernel")
+
+
+def fill_from_checkpoint(model: ModelConfig) -> None:
+    """Of model=hf: sizes that the user did not override, from config.json."""
+    if model.path is None:
+        raise Invalid("model.path is missing: model=hf reads a Hugging Face Llama directory")
+    try:
+        for name, value in read_config(model.path).items():
+            if getattr(model, name) in (None, MISSING):
+                setattr(model, name, value)
+    except CheckpointError as error:
+        raise Invalid(f"model.path: {error}") from None
+
+
+def fill_model(model: ModelConfig) -> None:
+    """head_dim, and what must fit together among the sizes."""
+    if model.head_dim is None:
+        if model.dim % model.n_heads:
+            near = around(model.dim, lambda d: d % model.n_heads == 0)
+            raise Invalid(
+                f"model.dim={model.dim} is no multiple of model.n_heads={model.n_heads} and model.head_dim "
+                f"is null; {near} would do"
+            )
+        model.head_dim = model.dim // model.n_heads
+    if model.head_dim % 2:
+        raise Invalid(
+            f"model.head_dim={model.head_dim} must be even: rotary embedding pairs dims; "
+            f"{either(model.head_dim - 1, model.head_dim + 1)} would do"
+        )
+    if model.n_heads % model.n_kv_heads:
+        near = around(model.n_kv_heads, lambda g: model.n_heads % g == 0)
+        raise Invalid(f"model.n_kv_heads={model.n_kv_heads} must divide model.n_heads={model.n_heads}; {near} would do")
+
+
+def check_batch(resolved: Resolved) -> None:
+    """Has every dp rank a sequence?"""
+    config = resolved.config
+    dp, batch_size = config.mesh.dp or 1, config.batch_size
+    if batch_size < dp and config.workload == "attention":
+        raise Invalid(f"batch_size={batch_size} must be at least mesh.dp = {dp} for workload=attention; {dp} would do")
+    if batch_size < dp:
+        resolved.notes.append(f"batch_size={batch_size} leaves {dp - batch_size} of mesh.dp={dp} without a sequence")
