@@ -119,7 +119,7 @@ MEASURED = [
     bytes_of(
         "peak_reserved_bytes",
         "by CUDA's allocator",
-        lambda m: max(r.reserved for r in m.ranks) if m.first.reserved is not None else None,
+        lambda m: max((rank.reserved for rank in m.ranks if rank.reserved is not None), default=None),
     ),
     bytes_of("after_forward_bytes", "held when forward ends", lambda m: max(rank.after_forward for rank in m.ranks)),
     bytes_of("capacity_bytes", "memory of the cluster's GPU", capacity),

@@ -57,7 +57,7 @@ def check_overrides(overrides: Sequence[str], multirun: bool = False) -> None:
 
 def config_of(composed: DictConfig) -> Config:
     """What Hydra has composed, if it is all there and nothing else."""
-    names = [name for name in composed if name != "hydra"]
+    names = [str(name) for name in composed if name != "hydra"]
     values: Any = OmegaConf.to_container(OmegaConf.masked_copy(composed, names), resolve=True)
     check_known(values, OmegaConf.to_container(OmegaConf.structured(Config)))
     return Config.of(values)

@@ -75,6 +75,10 @@ class ModelConfig:
     norm_eps: float = key(MISSING, "added to a norm's mean square")
     tie_embeddings: bool = key(MISSING, "the head's weight is the embedding's")
 
+    @property
+    def dim_of_head(self) -> int:
+        return self.head_dim or self.dim // self.n_heads
+
 
 @dataclass
 class DataConfig:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -71,14 +72,14 @@ class Checkpoint:
             if self.shapes[theirs] != shape:
                 raise CheckpointError(f"{self.folder}: tensor {theirs} is {self.shapes[theirs]}, the model has {shape}")
 
-    def tensor(self, name: str):
+    def tensor(self, name: str) -> Any:
         """The whole tensor of our parameter `name`, on CPU, in the file's dtype."""
         theirs = their_name(name)
         with opened(self.file_of[theirs], "pt") as content:
             return content.get_tensor(theirs)
 
 
-def opened(file: Path, framework: str):
+def opened(file: Path, framework: str) -> Any:
     try:
         return safe_open(file, framework)
     except FileNotFoundError:
@@ -101,14 +102,15 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": shape for name, shape in shapes.items()}
 
 
-def write(folder: str, config: ModelConfig, tensors: Iterable[tuple[str, object]], dtype: str) -> None:
+def write(folder: str, config: ModelConfig, tensors: Iterable[tuple[str, Any]], dtype: str) -> None:
     """Write a directory that transformers (4 or 5) reads. tensors: (our name, whole tensor), one at a time."""
     from safetensors.torch import save_file
 
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     parts: list[dict[str, str]] = []
-    pending, size = {}, 0
+    pending: dict[str, Any] = {}
+    size = 0
 
     def flush() -> None:
         part = f"part-{len(parts)}.safetensors"
@@ -126,7 +128,7 @@ def write(folder: str, config: ModelConfig, tensors: Iterable[tuple[str, object]
         size, total = size + nbytes, total + nbytes
     flush()
 
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, part in enumerate(parts):
         final = f"model-{i + 1:05}-of-{len(parts):05}.safetensors" if len(parts) > 1 else "model.safetensors"
         (target / f"part-{i}.safetensors").replace(target / final)

@@ -11,6 +11,7 @@ Sources: Touvron et al. 2023 (Llama 2), Grattafiori et al. 2024 (Llama 3), Su et
 
 import math
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,18 @@ from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 from conf.keys import ModelConfig
+
+
+class Strategy(Protocol):
+    """Who is asked wherever more is touched than this process's tokens or weights (strategies/base.py)."""
+
+    def embed(self, embedding: nn.Embedding, tokens: Tensor) -> Tensor: ...
+
+    def attention(self, attn: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor: ...
+
+    def mlp(self, mlp: nn.Module, x: Tensor) -> Tensor: ...
+
+    def loss(self, head: nn.Module, x: Tensor, labels: Tensor) -> Tensor: ...
 
 
 class Linear(nn.Linear):
@@ -50,14 +63,14 @@ class Normalized(Function):
     """RMSNorm that keeps its input and 1/rms, as torch's CUDA kernel does; torch's CPU form keeps x / rms too."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, inverse)
         return (wide * inverse).to(x.dtype) * weight
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, weight, inverse = ctx.saved_tensors
         normal = x * inverse  # in inverse's dtype, at least fp32
         grad_weight = (grad * normal).flatten(0, -2).sum(0)
@@ -146,7 +159,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One pre-norm transformer block: two residual additions, both sublayers run by the strategy."""
 
-    def __init__(self, config: ModelConfig, strategy, recompute: bool, mlp_chunks: int) -> None:
+    def __init__(self, config: ModelConfig, strategy: Strategy, recompute: bool, mlp_chunks: int) -> None:
         super().__init__()
         self.attn_norm = RMSNorm(config.dim, config.norm_eps)
         self.attn = Attention(config)
@@ -168,7 +181,7 @@ class Block(nn.Module):
 class Embed(nn.Module):
     """Tokens to vectors."""
 
-    def __init__(self, config: ModelConfig, strategy) -> None:
+    def __init__(self, config: ModelConfig, strategy: Strategy) -> None:
         super().__init__()
         self.table = nn.Embedding(config.vocab_size, config.dim)
         self.strategy = strategy
@@ -180,7 +193,7 @@ class Embed(nn.Module):
 class Head(nn.Module):
     """The last norm, the logits and their loss: in `chunks` of the tokens, so that logits never exist whole."""
 
-    def __init__(self, config: ModelConfig, strategy, chunks: int) -> None:
+    def __init__(self, config: ModelConfig, strategy: Strategy, chunks: int) -> None:
         super().__init__()
         self.chunks = chunks
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -210,7 +223,7 @@ class Llama(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        strategy,
+        strategy: Strategy,
         dtype: torch.dtype,
         recompute: bool = False,
         mlp_chunks: int = 1,

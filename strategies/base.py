@@ -19,33 +19,12 @@ The rules of every answer: gradients are SUMS over ranks, never averages, since 
 count once; verbs come from ops/collectives.py and name their axis; and nothing is kept whole that the card says is 1/N.
 """
 
-from dataclasses import dataclass, field, fields
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 
-from conf.keys import Config, RingConfig, UlyssesConfig
 from strategies.ops.mesh import Axis, Mesh
+from strategies.ops.options import Options
 from strategies.ops.vocab import token_loss_sum
 from strategies.ops.weights import zero
-
-
-@dataclass
-class Options:
-    """What a strategy may be told beside its mesh: its kernel, and the keys of the configuration that are its own."""
-
-    kernel: Any  # one of ops/kernels.py
-    compute_dtype: torch.dtype = torch.float32
-    zero_stage: int = 3
-    ring: RingConfig = field(default_factory=RingConfig)
-    ulysses: UlyssesConfig = field(default_factory=UlyssesConfig)
-
-    @classmethod
-    def of(cls, config: Config, kernel: Any, compute_dtype: torch.dtype) -> "Options":
-        """Those of a configuration."""
-        told = {each.name: getattr(config, each.name) for each in fields(cls) if hasattr(config, each.name)}
-        return cls(kernel, compute_dtype, **told)
 
 
 class Strategy:

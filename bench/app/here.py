@@ -64,4 +64,4 @@ def pick_kernel(config: Config) -> None:
     """Fake tensors are on the CPU, whatever they stand for."""
     device = "cpu" if config.mode == "simulate" else config.device
     dtype = "float32" if config.precision == "fp32" else "bfloat16"
-    config.attention.kernel = kernel_that_runs(config.attention.kernel, device, dtype, config.model.head_dim or 1)
+    config.attention.kernel = kernel_that_runs(config.attention.kernel, device, dtype, config.model.dim_of_head)

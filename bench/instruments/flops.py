@@ -5,6 +5,8 @@ computes. A pair costs 4 K a head forward (scores and output) and 10 K backward 
 Recomputation is not counted: it is the model's operations that MFU relates to the peak (Chowdhery et al. 2022).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch.utils.flop_counter import flop_registry
 
 from bench.instruments.instrument import Instrument
 from bench.instruments.ledger import recomputing
+from strategies.ops.kernels import Grads, Kernel
 
 
 class FlopCounter(Instrument):
@@ -33,22 +36,25 @@ class FlopCounter(Instrument):
 class CountedKernel:
     """An attention kernel that reports the pairs that it was asked for."""
 
-    def __init__(self, kernel, counter: FlopCounter) -> None:
-        self.kernel, self.counter = kernel, counter
+    def __init__(self, kernel: Kernel, counter: FlopCounter) -> None:
+        self.kernel, self.counter, self.name = kernel, counter, kernel.name
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool):
-        return self.counted(self.kernel.forward, 4, q, k, (q, k, v), causal)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+        with self.counted(4, q, k, causal):
+            return self.kernel.forward(q, k, v, causal)
 
-    def backward(self, grad, q: Tensor, k: Tensor, v: Tensor, out, lse, causal: bool):
-        return self.counted(self.kernel.backward, 10, q, k, (grad, q, k, v, out, lse), causal)
+    def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool) -> Grads:
+        with self.counted(10, q, k, causal):
+            return self.kernel.backward(grad, q, k, v, out, lse, causal)
 
-    def counted(self, call, flops_per_dim: int, q: Tensor, k: Tensor, tensors, causal: bool):
+    @contextmanager
+    def counted(self, flops_per_dim: int, q: Tensor, k: Tensor, causal: bool) -> Iterator[None]:
         batch, s_q, heads, head_dim = q.shape
         pairs = s_q * (s_q + 1) // 2 if causal else s_q * k.shape[1]
         if not recomputing():
             self.counter.add(flops_per_dim * batch * heads * head_dim * pairs)
         self.counter.in_attention = True
         try:
-            return call(*tensors, causal)
+            yield
         finally:
             self.counter.in_attention = False

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass, replace
 from functools import cache
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -116,7 +117,7 @@ class Ledger(Instrument):
             group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject) and is_group(a))
             holder = args[kind.payload]
         else:
-            group = resolve_group(next(a for a in reversed(args) if isinstance(a, str)))
+            group = resolve_group(next(a for a in reversed(args) if isinstance(a, str)))  # type: ignore[arg-type]
             holder = out if kind.payload == OUTPUT else args[0]
         tensors = [t for t in tree_leaves(holder) if isinstance(t, Tensor)]
         payload = sum(t.numel() * t.element_size() for t in tensors)
@@ -138,8 +139,8 @@ class Ledger(Instrument):
     def where(self) -> tuple[str, bool]:
         """The strategy line that this collective comes from; or the module whose weights ZeRO sends, and True."""
         if self.meaning.source or self.meaning.verb:
-            return self.meaning.source or line_of_verb(self.strategy, self.meaning.verb or ""), True
-        frame = sys._getframe(2)
+            return self.meaning.source or line_of_verb(*files_of(self.strategy), verb=self.meaning.verb or ""), True
+        frame: FrameType | None = sys._getframe(2)
         while frame is not None:
             # Only there: to ask a frame for its locals makes it hold them, and what they hold, as long as it runs.
             if frame.f_code.co_filename == FSDP_FILE and isinstance(
@@ -149,14 +150,14 @@ class Ledger(Instrument):
             if match := STRATEGY_FILE.match(frame.f_code.co_filename):
                 return f"{match[1]}:{frame.f_lineno}", False
             frame = frame.f_back
-        node = torch._C._current_autograd_node()  # in backward: the line whose forward made this node
+        node: Any = torch._C._current_autograd_node()  # in backward: the line whose forward made this node
         lines = node.metadata.get("traceback_") if node is not None else None
         return lines[0] if lines else "harness", False
 
 
 def strategy_line() -> list[str]:
     """The innermost line of a strategy on the stack, if there is one."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if match := STRATEGY_FILE.match(frame.f_code.co_filename):
             return [f"{match[1]}:{frame.f_lineno}"]
@@ -165,26 +166,30 @@ def strategy_line() -> list[str]:
 
 
 @cache
-def line_of_verb(strategy: type[Strategy], verb: str) -> str:
-    """The first line with which a strategy, or the one that it inherits from, calls this function."""
-    for cls in strategy.__mro__:
-        path = Path(inspect.getfile(cls)) if cls is not object else Path()
-        if match := STRATEGY_FILE.match(str(path)):
-            for number, line in enumerate(path.read_text().splitlines(), 1):
+def line_of_verb(*files: str, verb: str) -> str:
+    """The first line of a strategy's files that calls this function."""
+    for file in files:
+        if match := STRATEGY_FILE.match(file):
+            for number, line in enumerate(Path(file).read_text().splitlines(), 1):
                 if f" {verb}(" in line:
                     return f"{match[1]}:{number}"
     return "harness"
 
 
+def files_of(strategy: type[Strategy]) -> list[str]:
+    """The strategy's, and those that it inherits from."""
+    return [inspect.getfile(cls) for cls in strategy.__mro__ if cls is not object]
+
+
 def is_group(argument: torch.ScriptObject) -> bool:
-    return "ProcessGroup" in argument._type().name()
+    return "ProcessGroup" in argument._type().name()  # type: ignore[attr-defined]
 
 
 def recomputing() -> bool:
     """Is something checkpointed running its forward again, inside backward, for what backward needs of it?"""
     if torch._C._current_graph_task_id() == -1:
         return False
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         if frame.f_code.co_name == "unpack_hook" and frame.f_code.co_filename == checkpoint.__file__:
             return True

@@ -7,7 +7,7 @@ seen (on CUDA the allocator's own peak is reported, and that includes it).
 """
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +38,7 @@ class MemoryLog(Instrument):
     """
 
     def __init__(
-        self, device: str, state: dict[str, Iterable[Tensor]], fake_mode: FakeTensorMode | None = None
+        self, device: str, state: Mapping[str, Iterable[Tensor]], fake_mode: FakeTensorMode | None = None
     ) -> None:
         self.device = "meta" if fake_mode else device  # where fake tensors keep their storages
         self.fake_mode = fake_mode

@@ -23,8 +23,11 @@ from strategies.ops.mesh import Axis
 class Workload(Protocol):
     """What can be observed: something that runs in steps of three parts."""
 
-    strategy: Strategy
-    model: nn.Module
+    @property
+    def strategy(self) -> Strategy: ...
+
+    @property
+    def model(self) -> nn.Module: ...
 
     def forward(self, batch: Any) -> Tensor: ...
 
@@ -61,7 +64,7 @@ class Instruments(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # or every operation is wrapped once more
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if DTensor in types:
             return NotImplemented  # it comes back as operations on its local tensor, which is what is here
         kwargs = kwargs or {}
@@ -75,10 +78,11 @@ class Instruments(TorchDispatchMode):
                 instrument.saw(func, args, kwargs, out)
         return out
 
-    def __enter__(self):
+    def __enter__(self) -> "Instruments":
         for instrument in self.instruments:
             self.contexts.enter_context(instrument.watching())
-        return super().__enter__()
+        super().__enter__()
+        return self
 
     def __exit__(self, *exc: Any) -> None:
         super().__exit__(*exc)

@@ -11,7 +11,7 @@ import re
 import signal
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
@@ -135,7 +135,7 @@ def run_ranks(ranks: list[int], task: Task, deadline: float, progress: Callable[
 
 def watch(
     pipes: dict[int, Connection],
-    processes: dict[int, BaseProcess],
+    processes: Mapping[int, BaseProcess],
     timeout_s: float,
     deadline: float,
     folder: str,
@@ -209,10 +209,10 @@ def kernel_oom_kills() -> int:
         return 0
 
 
-def where_ranks_are(processes: dict[int, BaseProcess], folder: str) -> str:
+def where_ranks_are(processes: Mapping[int, BaseProcess], folder: str) -> str:
     """Ask every rank for its stack, and say which strategy line and which collective each is in."""
     for process in processes.values():
-        if process.is_alive():
+        if process.is_alive() and process.pid is not None:
             os.kill(process.pid, signal.SIGUSR1)
     time.sleep(0.3)
     places = []

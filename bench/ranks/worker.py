@@ -45,7 +45,7 @@ def serve(rank: int, task: Task, folder: str, pipe: Connection) -> None:
     threading.Thread(target=die_with_parent, args=(pipe,), daemon=True).start()
     try:
         measured = run(rank, task, folder, pipe.send)
-        util._exit_function()  # or locks that libraries have made are reported as leaked
+        util._exit_function()  # type: ignore[attr-defined]  # or locks that libraries have made are reported as leaked
         pipe.send(measured)
     except BaseException as error:
         pipe.send(describe(error))
@@ -134,7 +134,7 @@ def run_steps(task: Task, progress: Callable[[str], None]) -> Rank:
         found["losses"] = workload.global_loss(torch.stack(shares))
     allocated = torch.cuda.max_memory_allocated() if on_gpu else None
     found["reserved"] = torch.cuda.max_memory_reserved() if on_gpu else None
-    if config.save_path is not None and not made_up:
+    if isinstance(workload, Training) and config.save_path is not None and not made_up:
         save(workload, config, rank)
     if config.profile and not task.silent:
         trace(workload, batch, Path(task.traces) / f"trace_rank{rank}.json")
@@ -171,7 +171,7 @@ def save(training: Training, config: Config, rank: int) -> None:
     tensors = whole_parameters(training.model, training.shapes)
     if rank == 0:
         dtype = str(PRECISIONS[config.precision][0]).removeprefix("torch.")
-        checkpoint.write(config.save_path, training.model.config, tensors, dtype)
+        checkpoint.write(str(config.save_path), training.model.config, tensors, dtype)
     else:
         for _ in tensors:
             pass

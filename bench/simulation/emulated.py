@@ -7,11 +7,12 @@ the right size and sane values, but is not what others would have sent. Strategi
 """
 
 import warnings
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, library
-from torch._C._distributed_c10d import _create_work_from_future
+from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from strategies.ops.hooks import hooks
@@ -34,22 +35,24 @@ def stand_for(rank: int, world_size: int, device: str) -> None:
 
 
 def done() -> torch.ScriptObject:
-    future = torch.futures.Future()
+    future: torch.futures.Future[None] = torch.futures.Future()
     future.set_result(None)
     return _create_work_from_future(future).boxed()
 
 
-def gather(output: Tensor, shard: Tensor, group, async_op: bool = True, timeout: int = -1):
+def gather(
+    output: Tensor, shard: Tensor, group: Any, async_op: bool = True, timeout: int = -1
+) -> tuple[Tensor, torch.ScriptObject]:
     ranks = output.numel() // shard.numel() if shard.numel() else 1
     output.view(ranks, *shard.shape).copy_(shard.expand(ranks, *shard.shape))
     return output, done()
 
 
-def send(tensors: list[Tensor], group, destination: int, tag: int):
+def send(tensors: list[Tensor], group: Any, destination: int, tag: int) -> torch.ScriptObject:
     in_flight.append(tensors[0])
     return done()
 
 
-def receive(tensors: list[Tensor], group, source: int, tag: int):
+def receive(tensors: list[Tensor], group: Any, source: int, tag: int) -> torch.ScriptObject:
     tensors[0].copy_(in_flight.pop())
     return done()

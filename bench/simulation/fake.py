@@ -5,7 +5,8 @@ some eighty operations in every hop of every layer. Here answers are remembered 
 was given, views are taken directly, and what is written in place stays as it is. Anything unusual is torch's to answer.
 """
 
-from typing import ClassVar
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class RememberingFakeMode(FakeTensorMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # or every operation is wrapped once more
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:
             return args[0].fake_device
         if DTensor in types:
@@ -56,13 +57,13 @@ class RememberingFakeMode(FakeTensorMode):
         if (answer := self.answers.get((func, given))) is None:
             out = super().__torch_dispatch__(func, types, args, kwargs)
             if all(isinstance(part, Tensor) for part in (out if isinstance(out, (list, tuple)) else [out])):
-                self.answers[func, given] = self.describe([out])[0]
+                (self.answers[func, given],) = self.describe([out]) or ()
             return out
         return self.made(answer)
 
-    def describe(self, values) -> tuple | None:
+    def describe(self, values: Iterable) -> tuple | None:
         """The values, tensors as (shape, strides, dtype); None if one is no fake tensor of this mode, or a constant."""
-        described = []
+        described: list[Any] = []
         for value in values:
             if type(value) in PLAIN:
                 described.append((type(value), value))  # 1, 1.0 and True are the same key, and not the same argument
@@ -74,7 +75,7 @@ class RememberingFakeMode(FakeTensorMode):
                 return None
         return tuple(described)
 
-    def made(self, answer):
+    def made(self, answer: Any) -> Any:
         """Fresh tensors of the description."""
         if answer[0] in (list, tuple):
             return answer[0](self.made(part) for part in answer[1:])

@@ -18,6 +18,7 @@ from bench.instruments.memory import MemoryLog
 from bench.instruments.observe import Instruments, Observed, Workload, observe
 from bench.simulation.fake import RememberingFakeMode
 from bench.workloads.build import build_attention, build_strategy, build_training
+from bench.workloads.training import Batch
 from conf.keys import Config
 from conf.measurement import Entry, Peak
 from strategies.ops.hooks import every_hop
@@ -27,7 +28,7 @@ from strategies.ops.mesh import Axis
 DEPTHS = 4, 5, 6  # of the two that are extrapolated and the one that they must foretell
 EDGE = 2  # blocks at either end of the model that may differ from those between, because FSDP2 prefetches
 BLOCK = re.compile(r"blocks\.(-?\d+)")
-NOTHING = {"calls": 0, "payload_bytes": 0, "sent_bytes": 0.0}
+NOTHING: dict[str, Any] = {"calls": 0, "payload_bytes": 0, "sent_bytes": 0.0}
 
 
 def simulate(config: Config, progress: Callable[[str], None], known: bool = False) -> tuple[Observed, bool]:
@@ -75,15 +76,16 @@ def step_of(config: Config, n_layers: int) -> Observed:
     strategy = build_strategy(config)
     fake = RememberingFakeMode()
     workload: Workload
+    batch: Batch | None
     if config.workload == "attention":
         with fake:
             workload, batch = build_attention(config, strategy), None
     else:
         workload = training = build_training(config, strategy)  # on the meta device
         tokens = torch.zeros((), dtype=torch.int64).expand(config.batch_size, config.seq_len)
-        batch = training.place(tokens, tokens)
-        parts = {name: fake.from_tensor(getattr(batch, name)) for name in ("tokens", "labels", "positions")}
-        batch = replace(batch, **parts)
+        placed = training.place(tokens, tokens)
+        parts: dict[str, Any] = {p: fake.from_tensor(getattr(placed, p)) for p in ("tokens", "labels", "positions")}
+        batch = replace(placed, **parts)
         with fake:
             training.load(lambda name, shape: torch.empty(shape)).warm()
     with fake:
@@ -117,7 +119,8 @@ def extrapolated(short: Observed, longer: Observed, n_layers: int) -> Observed:
         return at_longer + (n_layers - DEPTHS[1]) * (at_longer - at_short)
 
     def grown(short: Peak | Entry, longer: Peak | Entry, names: Iterable[str]) -> Any:
-        return replace(longer, **{name: further(getattr(short, name), getattr(longer, name)) for name in names})
+        sizes: dict[str, Any] = {name: further(getattr(short, name), getattr(longer, name)) for name in names}
+        return replace(longer, **sizes)
 
     before, after = edges(short.peaks, DEPTHS[0]), edges(longer.peaks, DEPTHS[1])
     peaks = {place: grown(before[place], after[place], vars(Peak())) for place in after}

@@ -34,8 +34,8 @@ class AttentionAlone:
         self.model = nn.Module()  # none, for the instruments that look for its weights
         self.with_backward = backward
         generator = torch.Generator(self.device).manual_seed(seed)
-        q_shape = (batch_size, seq_len, config.n_heads, config.head_dim)
-        kv_shape = (batch_size, seq_len, config.n_kv_heads, config.head_dim)
+        q_shape = (batch_size, seq_len, config.n_heads, config.dim_of_head)
+        kv_shape = (batch_size, seq_len, config.n_kv_heads, config.dim_of_head)
         self.whole = [
             torch.randn(shape, device=self.device, generator=generator).to(strategy.options.compute_dtype)
             for shape in (q_shape, kv_shape, kv_shape, q_shape)
@@ -79,9 +79,9 @@ class AttentionAlone:
             if self.device == "cpu":
                 torch.set_num_threads(len(os.sched_getaffinity(0)))
             q, k, v, grad = self.whole
-            qkv = [t.detach().requires_grad_(self.with_backward) for t in (q, k, v)]
+            q, k, v = qkv = [t.detach().requires_grad_(self.with_backward) for t in (q, k, v)]
             with self.watch.step():
-                out = attend(*qkv, self.strategy.options.kernel)
+                out = attend(q, k, v, self.strategy.options.kernel)
                 self.watch.lap()
                 if self.with_backward:
                     out.backward(grad)
@@ -110,7 +110,7 @@ class AttentionAlone:
         }
 
     def results(self, out: Tensor, qkv: list[Tensor]) -> dict[str, Tensor]:
-        grads = {f"grad of {name}": t.grad for name, t in zip("qkv", qkv, strict=True) if self.with_backward}
+        grads = {f"grad of {name}": t.grad for name, t in zip("qkv", qkv, strict=True) if t.grad is not None}
         return {"output": out.detach(), **grads}
 
     def ideal_ms(self) -> list[float]:

@@ -2,13 +2,14 @@
 
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 import strategies
 from bench.workloads import data
 from bench.workloads.attention import AttentionAlone
-from bench.workloads.training import PRECISIONS, Batch, Training
+from bench.workloads.training import PRECISIONS, Training
 from conf.keys import Config
 from models import checkpoint
 from strategies.base import Options, Strategy
@@ -19,7 +20,7 @@ def build_strategy(config: Config) -> Strategy:
     """This rank's strategy on its mesh. Simulated tensors are on the CPU, whatever device they stand for."""
     device = "cpu" if config.mode == "simulate" else config.device
     compute_dtype = PRECISIONS[config.precision][1]
-    kernel = pick_kernel(config.attention.kernel, device, compute_dtype, config.model.head_dim)
+    kernel = pick_kernel(config.attention.kernel, device, compute_dtype, config.model.dim_of_head)
     options = Options.of(config, kernel, compute_dtype)
     return strategies.build(config.strategy.name, vars(config.mesh), options, device, config.placement)
 
@@ -50,7 +51,7 @@ def build_attention(config: Config, strategy: Strategy) -> AttentionAlone:
     )
 
 
-def build(config: Config) -> tuple[Training | AttentionAlone, Callable[[int], Batch | None]]:
+def build(config: Config) -> tuple[Training | AttentionAlone, Callable[[int], Any]]:
     """What runs, and what it runs on in a step; attention alone takes the same q, k and v every time."""
     strategy = build_strategy(config)
     if config.workload == "attention":
@@ -63,7 +64,7 @@ def build(config: Config) -> tuple[Training | AttentionAlone, Callable[[int], Ba
 def initial_weights(config: Config) -> Callable[[str, torch.Size], torch.Tensor]:
     """A checkpoint's, or random ones."""
     if config.model.name == "hf":
-        files = checkpoint.Checkpoint(config.model.path)
+        files = checkpoint.Checkpoint(str(config.model.path))
         return lambda name, shape: files.tensor(name)
     return lambda name, shape: initial(name, shape, config.seed, config.device)
 

@@ -105,7 +105,7 @@ class Training:
         self.update()
 
     def zero_grads(self) -> None:
-        torch._foreach_zero_([local(parameter.grad) for parameter in self.model.parameters()])
+        torch._foreach_zero_([local(grad_of(parameter)) for parameter in self.model.parameters()])
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """AdamW over plain tensors, this rank's shards: it is elementwise, and needs nothing from DTensor."""
@@ -115,17 +115,18 @@ class Training:
             shards[-1].grad = grad
         o = self.optim
         return torch.optim.AdamW(
-            shards, lr=o.lr, betas=tuple(o.betas), eps=o.eps, weight_decay=o.weight_decay, fused=True
+            shards, lr=o.lr, betas=(o.betas[0], o.betas[1]), eps=o.eps, weight_decay=o.weight_decay, fused=True
         )
 
     @torch.no_grad()
     def state(self) -> dict[str, list[Tensor]]:
         """What of the model and its optimizer lives on this rank, after the first update."""
         parameters = list(self.model.parameters())
+        moments = self.optimizer.state if self.optimizer else {}
         return {
             "params": [local(parameter).detach() for parameter in parameters],
-            "grads": [local(parameter.grad) for parameter in parameters],
-            "optimizer": [moment for state in self.optimizer.state.values() for moment in state.values()],
+            "grads": [local(grad_of(parameter)) for parameter in parameters],
+            "optimizer": [moment for state in moments.values() for moment in state.values()],
         }
 
     def global_loss(self, shares: Tensor) -> list[float]:
@@ -134,3 +135,9 @@ class Training:
         if self.mesh.zero.size > 1:
             dist.all_reduce(shares, group=self.mesh.zero.group)
         return shares.tolist()
+
+
+def grad_of(parameter: torch.nn.Parameter) -> Tensor:
+    """Its gradient, which is there from the first backward on."""
+    assert parameter.grad is not None
+    return parameter.grad

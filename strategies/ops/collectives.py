@@ -13,6 +13,7 @@ Along an axis of size 1 nothing is sent. Verbs that can overlap with computation
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -98,12 +99,12 @@ class Copy(Function):
     """Megatron's f (Shoeybi et al. 2019, figure 3)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return sum_over(grad, ctx.axis), None
 
 
@@ -111,33 +112,33 @@ class AllReduce(Function):
     """Megatron's g."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, axis: Axis) -> Tensor:
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         return sum_over(x, axis)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return grad, None
 
 
 class AllGather(Function):
     @staticmethod
-    def forward(ctx, x: Tensor, dim: int, axis: Axis) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dim: int, axis: Axis) -> Tensor:
         ctx.dim, ctx.axis = dim, axis
         return start_all_gather(x, dim, axis).wait()
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return start_reduce_scatter(grad, ctx.dim, ctx.axis).wait(), None, None
 
 
 class ReduceScatter(Function):
     @staticmethod
-    def forward(ctx, x: Tensor, dim: int, axis: Axis) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dim: int, axis: Axis) -> Tensor:
         ctx.dim, ctx.axis = dim, axis
         return start_reduce_scatter(x, dim, axis).wait()
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return start_all_gather(grad, ctx.dim, ctx.axis).wait(), None, None
 
 
@@ -163,23 +164,23 @@ class Flight:
 
 class Leave(Function):
     @staticmethod
-    def forward(ctx, x: Tensor, dim: int, flight: Flight) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dim: int, flight: Flight) -> Tensor:
         ctx.dim, ctx.flight = dim, flight
         return flight.leave(x, dim)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return ctx.flight.land(grad, ctx.dim), None, None
 
 
 class Land(Function):
     @staticmethod
-    def forward(ctx, arrived: Tensor, dim: int, flight: Flight) -> Tensor:
+    def forward(ctx: Any, arrived: Tensor, dim: int, flight: Flight) -> Tensor:
         ctx.dim, ctx.flight = dim, flight
         return flight.land(arrived, dim)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return ctx.flight.leave(grad, ctx.dim), None, None
 
 

@@ -9,6 +9,7 @@ softmax over more keys than k holds: it then returns this block's part of the wh
 """
 
 from types import MappingProxyType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +18,19 @@ from torch.autograd import Function
 from conf.kernels import kernel_that_runs
 
 aten = torch.ops.aten
+Grads = tuple[Tensor, ...]  # of q, k and v
+
+
+class Kernel(Protocol):
+    """What computes a block of attention."""
+
+    name: str
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]: ...
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
+    ) -> Grads: ...
 
 
 class Math:
@@ -30,7 +44,7 @@ class Math:
         out = torch.einsum("bgrqk,bkgd->bqgrd", (scores - lse[..., None]).exp(), v.to(scores.dtype))
         return out.flatten(2, 3).to(q.dtype), lse.flatten(1, 2)
 
-    def backward(self, grad, q, k, v, out, lse, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool) -> Grads:
         scores = self.scores(q, k, causal)
         probs = (scores - lse.unflatten(1, (k.shape[2], -1))[..., None]).exp()  # [B, G, H/G, Sq, Skv]
         grad, out, q_, k_, v_ = (t.to(scores.dtype) for t in (grad, out, q, k, v))
@@ -66,10 +80,10 @@ class SdpaCpu:
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
         return out.transpose(1, 2), lse
 
-    def backward(self, grad, q, k, v, out, lse, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool) -> Grads:
         grad, q, k, v, out = heads_first(grad, q, k, v, out)
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal)
-        return tuple(g.transpose(1, 2) for g in grads)
+        return heads_swapped(*grads)
 
 
 class SdpaCuda:
@@ -82,14 +96,14 @@ class SdpaCuda:
         out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
         return out.transpose(1, 2), lse
 
-    def backward(self, grad, q, k, v, out, lse, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool) -> Grads:
         s_q, s_kv = q.shape[1], k.shape[1]
         grad, q, k, v, out = heads_first(grad, q, k, v, out)
         seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of a dropout that is 0
         grads = aten._scaled_dot_product_flash_attention_backward(
             grad, q, k, v, out, lse.contiguous(), None, None, s_q, s_kv, 0.0, causal, seed, seed[0]
         )
-        return tuple(g.transpose(1, 2) for g in grads)
+        return heads_swapped(*grads)
 
 
 class FlashAttention2:
@@ -109,7 +123,7 @@ class FlashAttention2:
         )
         return out, lse
 
-    def backward(self, grad, q, k, v, out, lse, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool) -> Grads:
         from flash_attn.flash_attn_interface import _flash_attn_backward
 
         grads = tuple(torch.empty_like(t) for t in (q, k, v))
@@ -126,7 +140,12 @@ def heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple((t if t.stride(-1) == 1 else t.contiguous()).transpose(1, 2) for t in tensors)
 
 
-def pick_kernel(name: str, device: str, dtype: torch.dtype, head_dim: int):
+def heads_swapped(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """[B, S, H, K] <-> [B, H, S, K], views."""
+    return tuple(t.transpose(1, 2) for t in tensors)
+
+
+def pick_kernel(name: str, device: str, dtype: torch.dtype, head_dim: int) -> Kernel:
     """The kernel called `name`; `auto` is the fastest that runs there. Raises Invalid if the named one does not."""
     sdpa = SdpaCpu if device == "cpu" else SdpaCuda
     runs = kernel_that_runs(name, device, str(dtype).removeprefix("torch."), head_dim)
@@ -137,17 +156,17 @@ class Attend(Function):
     """Causal self-attention over tokens that are all here."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, kernel) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, kernel: Kernel) -> Tensor:
         out, lse = kernel.forward(q, k, v, causal=True)
         ctx.kernel = kernel
         ctx.save_for_backward(q, k, v, out, lse)
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return *ctx.kernel.backward(grad, *ctx.saved_tensors, causal=True), None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, kernel) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel) -> Tensor:
     """Causal attention: q [B, S, H, K], k and v [B, S, G, K] -> [B, S, H, K]."""
     return Attend.apply(q, k, v, kernel)

@@ -10,6 +10,7 @@ How they come by is ring.kv. Over P ranks:
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,51 +22,54 @@ from strategies.ops.hooks import hooks
 from strategies.ops.kernels import attend
 from strategies.ops.layouts import ALL, visible
 from strategies.ops.mesh import Axis
+from strategies.ops.options import Options
 
 
 class RingAttention(Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, axis: Axis, layout: str, kv: str, grad_dtype, kernel) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, axis: Axis, options: Options) -> Tensor:
         local_kv = torch.stack([k, v])  # [2, B, S_ring, G, K]: travels as one message
         out = lse = None
-        for source, (k_block, v_block) in TRAVELS[kv](local_kv, axis, layout, grad_dtype).visits():
-            if (tile := visible(layout, axis.rank, source, q.shape[1])) is None:
+        for source, (k_block, v_block) in TRAVELS[options.ring.kv](local_kv, axis, options).visits():
+            if (tile := visible(options.ring.layout, axis.rank, source, q.shape[1])) is None:
                 continue
-            block = kernel.forward(q[:, tile.q], k_block[:, tile.kv], v_block[:, tile.kv], tile.causal)
+            block = options.kernel.forward(q[:, tile.q], k_block[:, tile.kv], v_block[:, tile.kv], tile.causal)
             if out is None:  # our own block comes first, and every query sees it
                 out, lse = accumulator(block[0]), block[1]
             else:
                 merge(out[:, tile.q], lse[:, :, tile.q], *block)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, local_kv, out, lse)
-        ctx.axis, ctx.layout, ctx.kv, ctx.grad_dtype, ctx.kernel = axis, layout, kv, grad_dtype, kernel
+        ctx.axis, ctx.options = axis, options
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         q, local_kv, out, lse = ctx.saved_tensors
-        travel = TRAVELS[ctx.kv](local_kv, ctx.axis, ctx.layout, ctx.grad_dtype)
+        axis, options = ctx.axis, ctx.options
+        travel = TRAVELS[options.ring.kv](local_kv, axis, options)
         grad_q = None
         for source, (k_block, v_block) in travel.visits():
-            if (tile := visible(ctx.layout, ctx.axis.rank, source, q.shape[1])) is None:
+            if (tile := visible(options.ring.layout, axis.rank, source, q.shape[1])) is None:
                 travel.give(source, ALL, ())
                 continue
             here = (grad[:, tile.q], q[:, tile.q], k_block[:, tile.kv], v_block[:, tile.kv], out[:, tile.q])
-            block_q, *block_kv = ctx.kernel.backward(*here, lse[:, :, tile.q], tile.causal)
+            block_q, *block_kv = options.kernel.backward(*here, lse[:, :, tile.q], tile.causal)
             if grad_q is None:
                 grad_q = accumulator(block_q)
             else:
                 grad_q[:, tile.q] += block_q
             travel.give(source, tile.kv, block_kv)
         grad_k, grad_v = travel.own_grad().to(q.dtype)
-        return grad_q.to(q.dtype), grad_k, grad_v, None, None, None, None, None
+        return grad_q.to(q.dtype), grad_k, grad_v, None, None
 
 
 class Rotate:
     """Blocks travel around the ring, and in backward their gradients behind them."""
 
-    def __init__(self, local_kv: Tensor, axis: Axis, layout: str, grad_dtype: torch.dtype) -> None:
-        self.local_kv, self.axis, self.layout, self.grad_dtype = local_kv, axis, layout, grad_dtype
+    def __init__(self, local_kv: Tensor, axis: Axis, options: Options) -> None:
+        self.local_kv, self.axis, self.layout = local_kv, axis, options.ring.layout
+        self.grad_dtype = travelling_dtype(local_kv.dtype, options)
         self.own: tuple[slice, Sequence[Tensor]] | None = None  # our part of our own block's gradient
         self.in_flight: Pending | None = None  # the gradient of the block that visits next, as far as others have it
 
@@ -95,8 +99,8 @@ class Rotate:
 class Gather:
     """All blocks are gathered at once."""
 
-    def __init__(self, local_kv: Tensor, axis: Axis, layout: str, grad_dtype: torch.dtype) -> None:
-        self.local_kv, self.axis, self.grad_dtype = local_kv, axis, grad_dtype
+    def __init__(self, local_kv: Tensor, axis: Axis, options: Options) -> None:
+        self.local_kv, self.axis, self.grad_dtype = local_kv, axis, travelling_dtype(local_kv.dtype, options)
         self.grads: Tensor | None = None  # [ranks, 2, B, S_ring, G, K]
 
     def visits(self) -> Iterator[tuple[int, Tensor]]:
@@ -112,6 +116,11 @@ class Gather:
 
     def own_grad(self) -> Tensor:
         return start_reduce_scatter(self.grads, 0, self.axis).wait()[0]
+
+
+def travelling_dtype(dtype: torch.dtype, options: Options) -> torch.dtype:
+    """In which dK and dV travel: at least fp32, or as k and v."""
+    return dtype if options.ring.grad_dtype == "same" else torch.promote_types(dtype, torch.float32)
 
 
 def add(grad_kv: Tensor, keys: slice, block_kv: Sequence[Tensor]) -> None:
@@ -138,13 +147,9 @@ def accumulator(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, axis: Axis, options) -> Tensor:
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, axis: Axis, options: Options) -> Tensor:
     """Causal attention of a sequence split around the ring in options.ring.layout.
 
-    q [B, S_ring, H, K], k and v [B, S_ring, G, K] -> [B, S_ring, H, K]. The gradients of k and v travel in fp32, or
-    in k's dtype if options.ring.grad_dtype is `same`.
+    q [B, S_ring, H, K], k and v [B, S_ring, G, K] -> [B, S_ring, H, K]
     """
-    if axis.size == 1:
-        return attend(q, k, v, options.kernel)
-    travels = k.dtype if options.ring.grad_dtype == "same" else torch.promote_types(k.dtype, torch.float32)
-    return RingAttention.apply(q, k, v, axis, options.ring.layout, options.ring.kv, travels, options.kernel)
+    return attend(q, k, v, options.kernel) if axis.size == 1 else RingAttention.apply(q, k, v, axis, options)

@@ -3,6 +3,8 @@
 Each rank holds V_tp rows of the vocabulary, so logits are [B, S, V_tp] and never whole.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ def token_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).to(wide), labels.flatten(), reduction="sum", ignore_index=IGNORED)
 
 
-def vocab_embedding(embedding: nn.Embedding, vocab_size: int, tokens: Tensor, axis: Axis, dtype) -> Tensor:
+def vocab_embedding(embedding: nn.Embedding, vocab_size: int, tokens: Tensor, axis: Axis, dtype: torch.dtype) -> Tensor:
     """tokens [B, S] -> {[B, S, D]} unreduced, in `dtype`: zeros where another rank has the token's row."""
     start, stop = axis.span(vocab_size)
     elsewhere = (tokens < start) | (tokens >= stop)
@@ -32,7 +34,7 @@ class VocabLossSum(Function):
     """Cross-entropy over logits [T, V_tp]: the ranks share each token's maximum, then its sum and its label's logit."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor, vocab_size: int, axis: Axis) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, vocab_size: int, axis: Axis) -> Tensor:
         start, stop = axis.span(vocab_size)
         wide = torch.promote_types(logits.dtype, torch.float32)
         counted = labels != IGNORED
@@ -49,7 +51,7 @@ class VocabLossSum(Function):
         return (total.log() - label_logit).masked_fill(~counted, 0).sum()
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad_logits, column, here, counted = ctx.saved_tensors  # probs, ours to overwrite: backward runs once
         grad_logits.scatter_add_(1, column, -here[:, None].to(grad_logits.dtype))
         grad_logits *= (grad * counted)[:, None]

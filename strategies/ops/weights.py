@@ -8,6 +8,7 @@ finish_gradients(), the optimizer over trained(), publish_weights().
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -75,10 +76,12 @@ def partial_gradients(module: nn.Module, axis: Axis) -> None:
 class ReduceScatter:
     """FSDP2's reduce-scatter through ours, so that on gloo it sends no more than it must."""
 
-    def allocate(self, size, *, dtype, device) -> Tensor:
+    def allocate(self, size: torch.Size, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
 
-    def __call__(self, output_tensor, input_tensor, group, op, async_op=False):
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> None:
         if op != dist.ReduceOp.SUM:
             raise RuntimeError(f"gradients are summed over ranks, and FSDP2 asked for {op}")
         reduce_scatter_chunks(output_tensor, input_tensor.view(group.size(), -1), group).wait()

@@ -4,12 +4,14 @@ import os
 
 from torch import Tensor
 
+from strategies.base import Options
 from strategies.ops.kernels import attend
+from strategies.ops.mesh import Mesh
 from strategies.ulysses import HEADS, SEQUENCE, Ulysses
 
 
 class DeepspeedUlysses(Ulysses):
-    def __init__(self, mesh, options) -> None:
+    def __init__(self, mesh: Mesh, options: Options) -> None:
         super().__init__(mesh, options)
         os.environ.setdefault("DS_ACCELERATOR", mesh.device)  # it would look for one, and warn that it found none
         from deepspeed import comm, ops

@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
@@ -15,15 +16,16 @@ def provide_flash_attn(options: Options) -> None:
     if importlib.util.find_spec("flash_attn") is not None:
         return
 
-    def forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, **_) -> tuple[Tensor, Tensor, None, None]:
+    def forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, **_: Any) -> tuple[Tensor, Tensor, None, None]:
         return *options.kernel.forward(q, k, v, causal), None, None
 
-    def backward(grad, q, k, v, out, lse, grad_q, grad_k, grad_v, dropout_p, scale, causal: bool, *_) -> None:
+    def backward(*args: Any) -> None:
+        grad, q, k, v, out, lse, grad_q, grad_k, grad_v, _dropout, _scale, causal, *_ = args
         grads = options.kernel.backward(grad, q, k, v, out, lse, causal)
         for theirs, computed in zip((grad_q, grad_k, grad_v), grads, strict=True):
             theirs.copy_(computed)
 
-    def whole(q: Tensor, k: Tensor, v: Tensor, **_) -> Tensor:
+    def whole(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
         return attend(q, k, v, options.kernel)
 
     interface = ModuleType("flash_attn.flash_attn_interface")

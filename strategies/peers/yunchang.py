@@ -8,7 +8,8 @@ from types import MappingProxyType
 
 from torch import Tensor, distributed
 
-from strategies.ops.mesh import Axis
+from strategies.base import Options
+from strategies.ops.mesh import Axis, Mesh
 from strategies.peers.flash_attn_on_cpu import provide_flash_attn
 from strategies.usp import USP
 
@@ -16,7 +17,7 @@ from strategies.usp import USP
 class Yunchang(USP):
     layouts = MappingProxyType({"contiguous": "basic", "zigzag": "zigzag", "striped": "strip"})
 
-    def __init__(self, mesh, options) -> None:
+    def __init__(self, mesh: Mesh, options: Options) -> None:
         super().__init__(mesh, options)
         provide_flash_attn(options)
         from yunchang import LongContextAttention, UlyssesAttention

@@ -1,0 +1,25 @@
+"""What a strategy may be told, and hands on to the ops."""
+
+from dataclasses import dataclass, field, fields
+
+import torch
+
+from conf.keys import Config, RingConfig, UlyssesConfig
+from strategies.ops.kernels import Kernel
+
+
+@dataclass
+class Options:
+    """What a strategy may be told beside its mesh: its kernel, and the keys of the configuration that are its own."""
+
+    kernel: Kernel
+    compute_dtype: torch.dtype = torch.float32
+    zero_stage: int = 3
+    ring: RingConfig = field(default_factory=RingConfig)
+    ulysses: UlyssesConfig = field(default_factory=UlyssesConfig)
+
+    @classmethod
+    def of(cls, config: Config, kernel: Kernel, compute_dtype: torch.dtype) -> "Options":
+        """Those of a configuration."""
+        told = {each.name: getattr(config, each.name) for each in fields(cls) if hasattr(config, each.name)}
+        return cls(kernel, compute_dtype, **told)
