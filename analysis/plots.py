@@ -5,6 +5,7 @@ Every axis has a unit, every strategy its colour and marker (analysis/looks.py),
 
 import textwrap
 from collections.abc import Callable
+from functools import partial
 
 import matplotlib
 
@@ -13,6 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
@@ -22,20 +24,10 @@ from conf.columns import MIB
 from conf.keys import keys
 from conf.labels import text
 
-KINDS = {  # collectives
-    "all_gather": "#0072b2",
-    "reduce_scatter": "#56b4e9",
-    "all_reduce": "#e69f00",
-    "all_to_all": "#009e73",
-    "p2p": "#cc79a7",
-}
-PARTS = {  # of memory
-    "param": "#0072b2",
-    "grad": "#56b4e9",
-    "optimizer": "#009e73",
-    "activation": "#e69f00",
-    "other": "#bbbbbb",
-}
+BLUE, SKY, ORANGE, GREEN, ROSE, GREY = "#0072b2", "#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#bbbbbb"
+KINDS = {"all_gather": BLUE, "reduce_scatter": SKY, "all_reduce": ORANGE, "all_to_all": GREEN, "p2p": ROSE}
+PARTS = {"params": BLUE, "grads": SKY, "optimizer": GREEN, "activation": ORANGE, "other": GREY}  # of memory
+# Sections and keys on which losses depend: rows that have them in common train the same.
 LEARNT = ("model", "data", "optim", "seq_len", "batch_size", "precision", "seed", "steps", "warmup")
 plt.rcParams.update(
     {
@@ -170,26 +162,37 @@ def bars(rows: pd.DataFrame, value: str) -> tuple[pd.DataFrame, str]:
     return few, f"\n(of {len(rows)} configurations, each strategy's least and most)"
 
 
+def stacked(rows: pd.DataFrame, parts: dict[str, tuple[np.ndarray, str]]) -> tuple[Figure, Axes]:
+    """A bar for each row, made of parts: name -> their sizes and colour."""
+    figure, ax = plt.subplots(figsize=(8.5, 1.3 + 0.3 * len(rows)), layout="constrained")
+    left = np.zeros(len(rows))
+    for name, (sizes, shade) in parts.items():
+        if sizes.any():
+            ax.barh(rows.label, sizes, left=left, color=shade, label=name)
+        left += sizes
+    ax.invert_yaxis()
+    return figure, ax
+
+
+def legend_below(ax: Axes, rows: pd.DataFrame) -> None:
+    ax.legend(ncols=6, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.9 / (1.3 + 0.3 * len(rows))))
+
+
 def memory_parts(sweep: Sweep) -> Figure:
     """The peak as a stack of its parts."""
     rows = sweep.ok[sweep.ok.peak_bytes.notna()]
     if rows.empty:
         raise Unavailable("Memory: no row has a peak.")
     rows, left_out = bars(longest(rows), "peak_bytes")
-    figure, ax = plt.subplots(figsize=(8.5, 1.3 + 0.3 * len(rows)), layout="constrained")
     unit, name = (2**30, "GiB") if rows.peak_bytes.max() > 2**31 else (MIB, "MiB")
-    left = np.zeros(len(rows))
-    for part, shade in PARTS.items():
-        sizes = rows[f"{part}_bytes"].to_numpy(dtype=float) / unit
-        ax.barh(rows.label, sizes, left=left, color=shade, label={"param": "params", "grad": "grads"}.get(part, part))
-        left += sizes
+    sizes = {part: rows[f"{part.removesuffix('s')}_bytes"].to_numpy(dtype=float) / unit for part in PARTS}
+    figure, ax = stacked(rows, {part: (sizes[part], shade) for part, shade in PARTS.items()})
     if rows.capacity_bytes.notna().any():
         capacity = rows.capacity_bytes.max() / unit
         ax.axvline(capacity, color="#b00000", linestyle="--", label=f"capacity {capacity:.0f} {name}")
-    ax.invert_yaxis()
     ax.set_xlabel(f"peak memory of the fullest rank ({name})")
     ax.set_title(f"What fills the memory at seq_len={int(rows.seq_len.iloc[0]):,}{left_out}", loc="left")
-    ax.legend(ncols=6, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.9 / (1.3 + 0.3 * len(rows))))
+    legend_below(ax, rows)
     return figure
 
 
@@ -201,30 +204,16 @@ def bytes_sent(sweep: Sweep) -> Figure:
     if not sweep.comm:
         raise Unavailable("Bytes sent by collective: the folder has no comm.csv beside its records.")
     rows, left_out = bars(longest(rows), "comm_bytes")
-    figure, ax = plt.subplots(figsize=(8.5, 1.3 + 0.3 * len(rows)), layout="constrained")
     unit, name = (1e9, "GB") if rows.comm_bytes.max() > 2e9 else (MIB, "MiB")
-    left = np.zeros(len(rows))
-    for kind, shade in KINDS.items():
-        sizes = np.array([sent_by(sweep, run_id, kind) for run_id in rows.run_id]) / unit
-        if sizes.any():
-            ax.barh(rows.label, sizes, left=left, color=shade, label=kind)
-        left += sizes
+    sizes = {kind: np.array([sent_by(sweep, run_id, kind) for run_id in rows.run_id]) / unit for kind in KINDS}
+    figure, ax = stacked(rows, {kind: (sizes[kind], shade) for kind, shade in KINDS.items()})
     analytic = rows[rows.analytic_comm_bytes.notna()]
-    ax.scatter(
-        analytic.analytic_comm_bytes / unit,
-        analytic.label,
-        marker="|",
-        s=160,
-        color="#000000",
-        label="analytic",
-        zorder=3,
-    )
-    ax.invert_yaxis()
+    x, y = analytic.analytic_comm_bytes / unit, analytic.label
+    ax.scatter(x, y, marker="|", s=160, color="#000000", label="analytic", zorder=3)
     ax.set_xlabel(f"sent by the busiest rank in a step ({name})")
-    ax.set_title(
-        f"Counted bytes end where the formula says, at seq_len={int(rows.seq_len.iloc[0]):,}{left_out}", loc="left"
-    )
-    ax.legend(ncols=6, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.9 / (1.3 + 0.3 * len(rows))))
+    at = f"seq_len={int(rows.seq_len.iloc[0]):,}"
+    ax.set_title(f"Counted bytes end where the formula says, at {at}{left_out}", loc="left")
+    legend_below(ax, rows)
     return figure
 
 
@@ -305,25 +294,14 @@ def scaling(sweep: Sweep, weak: bool) -> Figure:
     return figure
 
 
-def strong_scaling(sweep: Sweep) -> Figure:
-    return scaling(sweep, weak=False)
-
-
-def weak_scaling(sweep: Sweep) -> Figure:
-    return scaling(sweep, weak=True)
-
-
 def exposed(sweep: Sweep) -> Figure:
     """Step time as computation and communication that nothing hides."""
     rows = sweep.ok
     if rows.exposed_comm_ms.isna().all():
         raise Unavailable("Compute and exposed communication: no row has exposed_comm_ms.")
     rows, left_out = bars(longest(rows[rows.exposed_comm_ms.notna()]), "step_ms_median")
-    figure, ax = plt.subplots(figsize=(8, 1.3 + 0.3 * len(rows)), layout="constrained")
-    compute = rows.step_ms_median - rows.exposed_comm_ms
-    ax.barh(rows.label, compute, color="#0072b2", label="computation")
-    ax.barh(rows.label, rows.exposed_comm_ms, left=compute, color="#e69f00", label="exposed communication")
-    ax.invert_yaxis()
+    compute, waiting = (rows.step_ms_median - rows.exposed_comm_ms).to_numpy(), rows.exposed_comm_ms.to_numpy()
+    figure, ax = stacked(rows, {"computation": (compute, BLUE), "exposed communication": (waiting, ORANGE)})
     ax.set_xlabel("step time (ms)")
     ax.set_title(f"What communication costs at seq_len={int(rows.seq_len.iloc[0]):,}{left_out}", loc="left")
     ax.legend(fontsize=7)
@@ -391,8 +369,8 @@ PLOTS: dict[str, tuple[Callable[[Sweep], Figure], str]] = {
         "formula of the cost table.",
     ),
     "ulysses_by_ring": (ulysses_by_ring, "How ranks are best divided between trading heads and travelling keys, here."),
-    "strong_scaling": (strong_scaling, "The same work on more ranks."),
-    "weak_scaling": (weak_scaling, "Work that grows with the ranks."),
+    "strong_scaling": (partial(scaling, weak=False), "The same work on more ranks."),
+    "weak_scaling": (partial(scaling, weak=True), "Work that grows with the ranks."),
     "exposed": (
         exposed,
         "Exposed is what the step takes longer than the same step with collectives that return at once.",

@@ -52,7 +52,7 @@ def load(folder: Path) -> Sweep:
     problems: list[str] = []
     records = read_records(folder, problems)
     configs = read_configs(folder, records, problems)
-    found = [{**record, **described_in(configs, run_id)} for run_id, record in records.items()]
+    found = [row_of(record, configs.get(run_id)) for run_id, record in records.items()]
     found = found or read_csv(folder, problems)
     if not found:
         said = f"; {problems[0]}" if problems else ""
@@ -76,7 +76,7 @@ def table_of(found: list[dict]) -> pd.DataFrame:
     absent = [column.name for column in columns() if column.name not in rows]
     rows = rows.reindex(columns=[*rows.columns, *absent])
     for column in TEXT:
-        rows[column] = rows[column].fillna("").astype(str)
+        rows[column] = rows[column].astype(object).fillna("").astype(str)
     for column in NUMBERS:
         rows[column] = pd.to_numeric(rows[column], errors="coerce")
     return rows
@@ -109,9 +109,10 @@ def read_configs(folder: Path, records: dict[str, dict], problems: list[str]) ->
     return found
 
 
-def described_in(configs: dict[str, Config], run_id: str) -> dict:
-    """The columns that say what was asked for; without a configuration, a record's own have to do."""
-    return described(configs[run_id]) if run_id in configs else {}
+def row_of(record: dict, config: Config | None) -> dict:
+    """A record's columns, and what it does not say of its configuration: older versions had fewer keys."""
+    said = {column: value for column, value in record.items() if value is not None}
+    return {**record, **(described(config) if config else {}), **said}
 
 
 def read_csv(folder: Path, problems: list[str]) -> list[dict]:

@@ -25,11 +25,9 @@ from conf.keys import Config
 from conf.resolve import resolve
 from conf.words import Invalid
 
-FORMATS = ("text", "markdown", "latex", "csv")
-
 
 def printed(format: str, overrides: Sequence[str]) -> tuple[str, list[str]]:
-    """The table in one of FORMATS, and what is wrong with it."""
+    """The table as text, markdown, latex or csv, and what is wrong with it."""
     if not overrides:
         legend = [f"{letters}: {what}" for letters, what in symbols.LEGEND.items()]
         return laid_out(formulas(format), format, legend, paragraphs), []
@@ -58,7 +56,7 @@ def paragraphs(table: pd.DataFrame) -> str:
 def laid_out(
     table: pd.DataFrame, format: str, notes: Sequence[str] = (), in_text: Callable[[pd.DataFrame], str] = as_table
 ) -> str:
-    """A table in one of FORMATS, and notes under it where there is a place for them."""
+    """A table in a format, and notes under it where there is a place for them."""
     if format == "csv":
         return table.to_csv(index=False)
     if format == "latex":
@@ -74,7 +72,7 @@ def laid_out(
 
 
 def written(expression: Amount, format: str = "text") -> str:
-    """A formula as it is read in one of FORMATS."""
+    """A formula as it is read in a format."""
     expression = sympy.sympify(expression)
     if format == "latex":
         return f"${sympy.latex(expression)}$"

@@ -22,7 +22,8 @@ class Column:
     """A column of results.csv and a field of record.json.
 
     of: its value in what was measured; None where somebody else writes it. head: its heading where tables show it, in
-    units of `scale`, as `form` has it. timed: it needs a clock. in_csv: or in record.json alone.
+    units of `scale`, as `form` has it; in_terminal: there too, or in the report alone. timed: it needs a clock. in_csv:
+    or in record.json alone.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Column:
     head: str = ""
     form: str = "{}"
     scale: float = 1
+    in_terminal: bool = True
     timed: bool = False
     in_csv: bool = True
 
@@ -47,8 +49,15 @@ def clock(name: str, unit: str, says: str, of: Callable[[Measured], Any], head: 
     return Column(name, unit, says, of, head, form, timed=True)
 
 
-def bytes_of(name: str, says: str, of: Callable[[Measured], Any], head: str = "", form: str = "{:,.1f}") -> Column:
-    return Column(name, "B", says, of, head, form, MIB)
+def bytes_of(
+    name: str,
+    says: str,
+    of: Callable[[Measured], Any],
+    head: str = "",
+    form: str = "{:,.1f}",
+    in_terminal: bool = True,
+) -> Column:
+    return Column(name, "B", says, of, head, form, MIB, in_terminal)
 
 
 def capacity(measured: Measured) -> int | None:
@@ -114,7 +123,13 @@ MEASURED = [
     bytes_of("param_bytes", "of these, weights of this rank", lambda m: m.fullest.peak.params),
     bytes_of("grad_bytes", "their gradients", lambda m: m.fullest.peak.grads),
     bytes_of("optimizer_bytes", "the optimizer's state", lambda m: m.fullest.peak.optimizer),
-    bytes_of("activation_bytes", "kept from forward for backward", lambda m: m.fullest.peak.activations),
+    bytes_of(
+        "activation_bytes",
+        "kept from forward for backward",
+        lambda m: m.fullest.peak.activations,
+        "activations MiB",
+        in_terminal=False,
+    ),
     bytes_of("other_bytes", "gathered weights, buffers, the batch", lambda m: m.fullest.peak.other),
     bytes_of(
         "peak_reserved_bytes",

@@ -1,6 +1,7 @@
 """The cost table in print, and the report: its numbers, its refusals, its pages in a real browser."""
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -14,20 +15,29 @@ import pytest
 import sympy
 
 from analysis import UserError, symbols
-from analysis.cost_table import BLOCK, Letters, of_block, of_step, saved_by_block, state, total
-from analysis.plots import draw_all
+from analysis.accounts import account_of
+from analysis.accounts.letters import Letters
+from analysis.accounts.sent import total
+from analysis.looks import colour, marker
+from analysis.plots import draw_all, group_but
 from analysis.reading import load
 from analysis.report import write
-from analysis.table import configuration, crossovers, letters, printed
-from bench import app
-from strategies import STRATEGIES
+from analysis.table import crossovers, printed, standing, standings
+from bench.app.sweep import run_all
+from conf.columns import columns, described
+from conf.compose import configuration
+from conf.keys import Config
+from conf.labels import mesh
+from conf.meshes import PEERS, STRATEGIES
+from conf.resolve import resolve
+from conf.words import Invalid
 from tests.jobs import job
 
 ROOT = Path(__file__).parents[1]
 
 
-def analysis(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+def analysis(*arguments: str, cwd: Path = ROOT, code: Path = ROOT) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(code)}
     command = [sys.executable, "-m", "analysis", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, env=environment)
 
@@ -36,23 +46,22 @@ def analysis(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
 
 
 def test_the_table_has_every_strategy_in_the_order_of_the_folder():
-    assert list(BLOCK) == list(STRATEGIES)
     rows = symbols.rows()
     assert list(dict.fromkeys(row.strategy for row in rows)) == list(STRATEGIES)
     variants = {row.variant for row in rows}
     assert {"ulysses.packed", "ring.kv=all_gather", "zero_stage=1", "recompute=block", "with a ring"} <= variants
 
 
-@pytest.mark.parametrize("row", symbols.rows(), ids=lambda row: f"{row.strategy} {row.variant}".strip())
+@pytest.mark.parametrize("row", symbols.rows(), ids=lambda row: row.title)
 def test_the_formulas_with_numbers_put_in_are_the_numbers(row):
     """The symbols and the plain arithmetic are one code; this holds the simplified expressions to it."""
     numbers = {"B": 2, "L": 4096, "d": 512, "i": 1536, "h": 8, "h_kv": 8, "V": 1024, "n_layers": 3, "e": 2, "e_g": 4}
     ranks = {"N": 4, "tp": 2, "u": 2, "r": 2, "rho": 1, "dp": 1}
     for expression, plain in (
-        (symbols.activations(row), lambda s: total(of_block(row.strategy, s), weights=False)),
-        (symbols.weights(row), lambda s: total(of_block(row.strategy, s), weights=True)),
-        (symbols.saved(row), lambda s: saved_by_block(row.strategy, s)),
-        (symbols.neat(total(of_step(row.strategy, row.letters))), lambda s: total(of_step(row.strategy, s))),
+        (symbols.activations(row), lambda s: total(row.account.of_block(s), weights=False)),
+        (symbols.weights(row), lambda s: total(row.account.of_block(s), weights=True)),
+        (symbols.saved(row), row.account.saved_by_block),
+        (symbols.neat(total(row.account.of_step(row.letters))), lambda s: total(row.account.of_step(s))),
     ):
         values = {symbol: {**numbers, **ranks}[symbol.name] for symbol in expression.free_symbols}
         put_in = {
@@ -69,9 +78,9 @@ def test_the_known_volumes_of_a_layer():
         "llama3_8b": {"tp": 3.76, "tp_sp": 4.70, "odysseus": 3.27, "ulysses": 1.44},
     }
     for model, volumes in known.items():
-        config = configuration([f"model={model}", "seq_len=65536", "world_size=8", "precision=bf16"])
+        found = standing(standings([f"model={model}", "seq_len=65536", "world_size=8", "precision=bf16"]))
         for strategy, gigabytes in volumes.items():
-            sent = total(of_block(strategy, letters(strategy, config))) / 1e9
+            sent = total(found[strategy].account.of_block(found[strategy].letters)) / 1e9
             assert sent == pytest.approx(gigabytes, abs=0.01), strategy
 
 
@@ -81,26 +90,70 @@ def test_where_odysseus_begins_to_pay():
     at = {}
     for strategy, axis in (("odysseus", "tp"), ("tp_sp", "tp"), ("ulysses", "u")):
         base = symbols.letters(B=1, d=d, i=i, h=32, h_kv=32, K=d // 32, e=2, e_w=2, e_g=4, **{axis: n})
-        at[strategy] = total(of_block(strategy, base))
-    crossing = sympy.solve(at["odysseus"] - at["tp_sp"], symbols.L)[0]
+        at[strategy] = total(account_of(strategy).of_block(base))
+    length = symbols.SYMBOLS["L"]
+    crossing = sympy.solve(at["odysseus"] - at["tp_sp"], length)[0]
     assert float(crossing) == pytest.approx(1.8 * i, rel=1e-6)
-    crossing = sympy.solve(at["odysseus"] - at["ulysses"], symbols.L)[0]
+    crossing = sympy.solve(at["odysseus"] - at["ulysses"], length)[0]
     assert float(crossing) == pytest.approx(12 * d / (5 - 8 / n), rel=1e-3)  # ulysses' norms travel with ZeRO
-    said = crossovers(configuration(["model=llama2_7b", "world_size=8", "precision=bf16"]))
+    said = crossovers(standing(standings(["model=llama2_7b", "world_size=8", "precision=bf16"])))
     assert any(re.match(r"from L = 1[0-9],\d{3} odysseus sends less than tp_sp", line) for line in said)
 
 
 @pytest.mark.parametrize("format", ["text", "markdown", "latex", "csv"])
 def test_the_table_prints(format):
-    text = printed(format, [])
+    text, problems = printed(format, [])
+    assert problems == []
     for word in ("tp_usp", "2 AG(D) + 2 RS(D)", "Korthikanti", "swapped"):
         assert word in text
+
+
+SIZES = [(8, 8, 512), (8, 2, 96), (12, 4, 240), (32, 8, 65536), (5, 5, 1000)]  # heads, kv heads, tokens
+RANKS = [*range(1, 11), 12, 16, 24, 48, 63, 64]
+
+
+def test_the_table_takes_the_meshes_that_bench_takes_and_gives_its_answers():
+    judges = {}
+    for n, world_size in enumerate(RANKS):
+        heads, kv_heads, seq_len = sizes = SIZES[n % len(SIZES)]
+        asked = [f"model.n_heads={heads}", f"model.n_kv_heads={kv_heads}", "model.dim=960", f"seq_len={seq_len}"]
+        text, _ = printed("csv", [*asked, f"world_size={world_size}", f"strategy={','.join(STRATEGIES)}"])
+        rows = {row["strategy"]: row for row in csv.DictReader(text.splitlines())}
+        assert list(rows) == list(STRATEGIES)
+        for name, row in rows.items():
+            judge = judges.setdefault((name, sizes), configuration([*asked, f"strategy={name}"]))
+            judge.world_size = world_size
+            try:
+                expected = mesh(described(resolve(judge).config))
+            except Invalid as reason:
+                expected = str(reason)
+            assert row["mesh"] == expected, (name, world_size, sizes)
+            assert bool(row["GB a step"]) == ("would do" not in expected)
+
+
+def test_single_and_a_full_table_stand_where_nothing_is_said_of_ranks():
+    rows = {row["strategy"]: row for row in csv.DictReader(printed("csv", ["seq_len=64"])[0].splitlines())}
+    assert rows["single"]["GB a step"] == "0.00"
+    assert rows["tp_usp"]["mesh"] == "tp=2 ulysses=2"
+
+
+def test_the_columns_are_printed_with_unit_and_meaning():
+    lines = analysis("columns").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == [column.name for column in columns()]
+    assert any(re.match(r"peak_bytes +B +at most", line) for line in lines)
+    assert len(analysis("columns", "--format", "csv").stdout.strip().splitlines()) == len(lines) + 1
 
 
 WRONG = {
     "table model=lama": "model=lama is not one of",
     "table strategy=tp_ps": "strategy=tp_ps is not one of",
-    "table seq_length=5": "seq_length",
+    "table seq_length=5": "there is no key seq_length; did you mean seq_len?",
+    "table seqlen=4": "there is no key seqlen; did you mean seq_len?",
+    "table precision=fp8": "precision=fp8 is not one of fp32, bf16, bf16_mixed",
+    "table ring.layout=zigzagg": "did you mean zigzag?",
+    "table seq_len=100 world_size=8 strategy=ring": "seq_len=100 must be a multiple of 2 * mesh.ring = 16",
+    "table strategy=ddp": "ddp has no account",
+    "table strategy=tp,ulysses world_size=7": "none of these strategies can stand here",
     "report runs/nowhere": "runs/nowhere: no such folder",
     "sources tp_sp odyseus": "there is no strategies/odyseus.py",
 }
@@ -112,6 +165,75 @@ def test_a_mistake_is_one_sentence(command, tmp_path):
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1, result.stderr
     assert WRONG[command] in result.stderr
+
+
+# Accounts that are not all there.
+
+PARTIAL = """from analysis.accounts.account import Account
+from analysis.accounts.tp_sp import around_attention
+
+ACCOUNT = Account(linears=(around_attention,))
+"""
+
+
+@pytest.fixture
+def code(tmp_path) -> Path:
+    """A copy of the sources, in which a test may write and delete accounts."""
+    for folder in ("analysis", "conf", "strategies"):
+        shutil.copytree(ROOT / folder, tmp_path / "code" / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path / "code"
+
+
+def test_an_account_that_says_little_is_good_for_what_it_says(code, sweep):
+    (code / "analysis" / "accounts" / "odysseus.py").write_text(PARTIAL)
+    table = analysis("table", code=code, cwd=code)
+    assert re.search(r"odysseus\n  forward +AG\(D\) \+ RS\(D\)", table.stdout), table.stderr
+    assert "tp=4" in analysis("table", "strategy=odysseus", code=code, cwd=code).stdout
+    report = analysis("report", sweep, code=code, cwd=code)
+    assert report.returncode == 1
+    said = report.stderr.splitlines()
+    assert said
+    assert all(line.startswith("analysis: odysseus") and "was derived as" in line for line in said), report.stderr
+    assert "odysseus" in (sweep / "report" / "index.html").read_text()
+    assert analysis("sources", "odysseus", "tp_sp", "--run", sweep, code=code, cwd=code).returncode == 0
+
+
+def test_a_strategy_without_an_account_is_named(code, sweep):
+    (code / "analysis" / "accounts" / "odysseus.py").unlink()
+    nothing = "odysseus has no account: analysis/accounts/odysseus.py would be it"
+    assert nothing in analysis("table", code=code, cwd=code).stdout
+    assert nothing in analysis("table", "world_size=2", code=code, cwd=code).stdout
+    assert nothing in analysis("table", "strategy=odysseus", code=code, cwd=code).stderr
+    assert analysis("report", sweep, code=code, cwd=code).returncode == 0
+    assert nothing in (sweep / "report" / "index.html").read_text()
+    assert "there is no account to hold it to" in (sweep / "report" / "sources.html").read_text()
+
+
+@pytest.mark.parametrize("text", ["ACCOUNT = ", "import nothing_like_it", ""])
+def test_an_account_that_cannot_be_read_is_a_sentence(code, sweep, text):
+    (code / "analysis" / "accounts" / "odysseus.py").write_text(text)
+    for command in (["table", "strategy=odysseus"], ["report", sweep]):
+        result = analysis(*command, code=code, cwd=code)
+        assert result.returncode == 1
+        assert result.stderr.startswith("analysis: analysis/accounts/odysseus.py: "), result.stderr
+        assert result.stderr.count("\n") == 1
+    assert "tp_sp" in (sweep / "report" / "index.html").read_text()
+    assert analysis("table", "strategy=tp_sp", code=code, cwd=code).returncode == 0
+
+
+def test_importing_the_accounts_needs_nothing_heavy():
+    heavy = "sympy pandas matplotlib torch strategies bench"
+    loads = f"import sys, analysis.accounts as a; [a.account_of(n) for n in {list(STRATEGIES)}]; "
+    check = loads + f"print(sorted(set('{heavy}'.split()) & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_every_strategy_and_peer_looks_like_itself():
+    looks = {name: (colour(name), marker(name)) for name in (*STRATEGIES, *PEERS)}
+    assert len(set(looks.values())) == len(looks)
+    assert len({marker for _, marker in looks.values()}) == len(looks)
+    assert looks["yunchang"][0] == looks["usp"][0]
 
 
 # The report.
@@ -131,7 +253,7 @@ def measured(tmp_path_factory) -> Path:
             for n in (64, 128)
             for name in names
         ]
-        app.run_all([*jobs, job("name=small", "strategy=ulysses", "seq_len=63")])
+        run_all([*jobs, job("name=small", "strategy=ulysses", "seq_len=63")])
     finally:
         os.chdir(before)
     return here / "runs" / "small"
@@ -191,6 +313,69 @@ def test_what_is_broken_is_named_and_the_rest_is_reported(sweep):
     assert any(f"{whole}/comm.csv: cannot be read" in problem for problem in problems)
     assert all("\n" not in problem for problem in problems)
     assert "tokens/s" in (sweep / "report" / "index.html").read_text()
+
+
+def change_record(sweep: Path, strategy: str, **changes: object) -> str:
+    """Change what one record says; returns its run_id."""
+    record = next(r for r in records_of(sweep) if r["strategy"] == strategy and r["status"] == "ok")
+    (sweep / record["run_id"] / "record.json").write_text(json.dumps({**record, **changes}))
+    return record["run_id"]
+
+
+@pytest.mark.parametrize("column", ["comm_bytes", "comm_bytes_backward", "calls_all_to_all"])
+def test_a_record_that_is_not_the_sum_of_its_comm_csv_is_named(sweep, column):
+    run_id = change_record(sweep, "ulysses", **{column: 12})
+    result = analysis("report", sweep)
+    assert result.returncode == 1
+    assert re.search(
+        rf"{run_id}/comm.csv: its lines add up to {column}=\d+, and record.json has {column}=12", result.stderr
+    )
+
+
+def test_a_lost_comm_line_is_named(sweep):
+    run_id = next(r["run_id"] for r in records_of(sweep) if r["strategy"] == "usp" and r["status"] == "ok")
+    file = sweep / run_id / "comm.csv"
+    file.write_text(file.read_text().splitlines()[0] + "\n")
+    assert any(f"{run_id}/comm.csv: its lines add up to comm_bytes=0" in problem for problem in write(sweep))
+
+
+def test_a_row_that_is_not_its_record_is_named(sweep):
+    run_id = change_record(sweep, "tp_sp", loss_last=1.5)
+    (problem,) = write(sweep)
+    assert re.search(rf"results.csv: the row of {run_id} has loss_last=[\d.]+, and its record loss_last=1.5", problem)
+    assert analysis("report", sweep).returncode == 1
+
+
+def test_a_row_that_is_missing_is_named(sweep):
+    lines = (sweep / "results.csv").read_text().splitlines(keepends=True)
+    (sweep / "results.csv").write_text("".join(lines[:-1]))
+    (problem,) = write(sweep)
+    assert f"results.csv: there is no row of {lines[-1].partition(',')[0]}" in problem
+
+
+def test_whatever_differs_stands_in_the_label_and_divides_the_lines(sweep):
+    """Of records of today, and of a version that did not know some keys yet, nor most columns."""
+    record = next(r for r in records_of(sweep) if r["strategy"] == "usp" and r["status"] == "ok")
+    for folder in sweep.glob("*/"):
+        shutil.rmtree(folder)
+    for grad_dtype, n_layers, seq_len in itertools.product(("fp32", "same"), (1, 2), (64, 128)):
+        config = json.loads(json.dumps(record["config"]))
+        config["ring"]["grad_dtype"], config["model"]["n_layers"], config["seq_len"] = grad_dtype, n_layers, seq_len
+        asked = described(Config.of(config))
+        said = {**record, **asked}
+        if n_layers == 1:
+            del config["compile"], config["ulysses"]["chunks"]
+            said = {column: said[column] for column in said if column not in asked or column == "strategy"}
+        run_id = f"{grad_dtype}{n_layers}at{seq_len}"
+        (sweep / run_id).mkdir()
+        (sweep / run_id / "record.json").write_text(json.dumps({**said, "run_id": run_id, "config": config}))
+    rows = load(sweep).ok
+    assert set(rows.ulysses_chunks) == {1}
+    assert rows.label.nunique() == 4
+    assert all("model.n_layers=" in label and "ring.grad_dtype=" in label for label in rows.label)
+    lines = group_but(rows, "seq_len")
+    assert [list(part.seq_len) for _, part in lines] == [[64, 128]] * 4
+    assert len({label for label, _ in lines}) == 4
 
 
 def test_an_empty_folder_and_an_old_table(tmp_path):
@@ -367,10 +552,11 @@ def test_the_gutter_shows_the_bytes_of_comm_csv(browser, pages):
 
 def test_state_is_divided_as_zero_promises():
     """By formula: 16 bytes a weight in all of them, stage by stage (Rajbhandari et al. 2020, figure 1, fp32 here)."""
-    config = configuration(["model=llama3_8b", "world_size=64", "batch_size=64", "strategy=zero"])
-    whole = sum(state("zero", letters("zero", {**config, "zero_stage": 0})).values())
-    shares = {}
-    for stage in (1, 2, 3):
-        shares[stage] = sum(state("zero", letters("zero", {**config, "zero_stage": stage})).values()) / whole
+    asked = ["model=llama3_8b", "world_size=64", "batch_size=64", "strategy=zero"]
+    held = {}
+    for stage in (0, 1, 2, 3):
+        (zero,) = standing(standings([*asked, f"zero_stage={stage}"])).values()
+        held[stage] = sum(zero.account.state(zero.letters).values())
+    shares = {stage: held[stage] / held[0] for stage in (1, 2, 3)}
     assert shares[1] == pytest.approx(1 / 2 + 1 / 128, rel=1e-3)
     assert shares[2] == shares[3] == pytest.approx(1 / 64, rel=1e-3)

@@ -16,19 +16,25 @@ from analysis.accounts.weights import Group
 Exchange = Callable[[Letters], list[Sent]]
 
 
+def kept_by_kernel(s: Letters) -> Amount:
+    """What attention's backward needs: q, out, k and v, and the log-sum-exp of every head."""
+    return 2 * s.q + 2 * s.kv + s.tokens * s.h / s.tp * WIDE
+
+
 @dataclass(frozen=True)
 class Account:
     """A strategy by the book. Methods return lines of what is sent, or bytes that are kept, of the letters' rank.
 
-    linears: what a block exchanges around its matrices. attention: between its projections. ends: what the embedding,
-    the head and the loss exchange. groups: the blocks' weights, as they travel together. whole_norms: does a norm see
-    all tokens of a tp group, not 1/tp of them. rows: those of the table, variant -> the letters that it changes; a
-    word stands for its symbol.
+    linears: what a block exchanges around its matrices. attention: between its projections, and kept_in_attention the
+    bytes that it keeps there. ends: what the embedding, the head and the loss exchange. groups: the blocks' weights, as
+    they travel together. whole_norms: does a norm see all tokens of a tp group, not 1/tp of them. rows: those of the
+    table, variant -> the letters that it changes; a word stands for its symbol.
     """
 
     linears: tuple[Exchange, ...] = ()
     attention: tuple[Exchange, ...] = ()
     ends: Exchange = lambda s: []
+    kept_in_attention: Callable[[Letters], Amount] = kept_by_kernel
     groups: Callable[[Letters], list[Group]] = weights.of_blocks
     whole_norms: bool = False
     rows: Mapping[str, Mapping[str, object]] = field(default_factory=lambda: {"": {}})
@@ -59,17 +65,15 @@ class Account:
     def saved_by_block(self, s: Letters) -> Amount:
         """Bytes that a block keeps for its backward.
 
-        Between the matrices: both norms' inputs and outputs, each [T, d] (their 1/rms in fp32 beside). In attention q,
-        out, k and v, and the log-sum-exp of every head. In the MLP gate, silu(gate), up and their product, each [T, i].
+        Between the matrices: both norms' inputs and outputs, each [T, d] (their 1/rms in fp32 beside). In the MLP gate,
+        silu(gate), up and their product, each [T, i].
         """
         between = self.between(s)
         if s.recompute:
             return between * s.d * s.e
         norms = between * (4 * s.d * s.e + 2 * WIDE)
-        out = 2 if s.u != 1 else 1  # as attention made it, and as it came home
-        attention = (1 + out) * s.q + 2 * s.kv + s.tokens * s.h / s.tp * WIDE
         mlp = 0 if s.mlp_chunks > 1 else 4 * s.tokens / s.tp * s.i * s.e
-        return norms + attention + mlp
+        return norms + self.kept_in_attention(s) + mlp
 
     def saved_by_ends(self, s: Letters) -> Amount:
         """Bytes that embedding, head and loss keep: tokens, the norm's in and out, probabilities in fp32.

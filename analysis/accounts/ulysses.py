@@ -1,7 +1,7 @@
 """ulysses: heads for tokens and back: q, k, v, out, and their gradients (Jacobs et al. 2023, section 3)."""
 
-from analysis.accounts.account import Account
-from analysis.accounts.letters import Letters
+from analysis.accounts.account import Account, kept_by_kernel
+from analysis.accounts.letters import Amount, Letters
 from analysis.accounts.published import ODYSSEUS, USP, Published
 from analysis.accounts.sent import Sent, all_to_all
 
@@ -13,8 +13,14 @@ def exchanges(s: Letters) -> list[Sent]:
     return [all_to_all(phase, s.u, size, of, s.head_chunks * calls) for phase in (*s.forwards, "backward")]
 
 
+def kept(s: Letters) -> Amount:
+    """The output twice: as attention made it, for its backward, and as it came home, for the projection's."""
+    return kept_by_kernel(s) + (s.q if s.u != 1 else 0)
+
+
 ACCOUNT = Account(
     attention=(exchanges,),
+    kept_in_attention=kept,
     rows={"": {}, "ulysses.packed": {"packed": True}, "ulysses.chunks=2": {"head_chunks": 2}},
     published=(
         Published(

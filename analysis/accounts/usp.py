@@ -6,7 +6,7 @@ from analysis.accounts.account import Account
 from analysis.accounts.letters import Letters
 from analysis.accounts.ring import hops
 from analysis.accounts.sent import Sent
-from analysis.accounts.ulysses import exchanges
+from analysis.accounts.ulysses import exchanges, kept
 
 
 def hops_of_chunks(s: Letters) -> list[Sent]:
@@ -14,4 +14,4 @@ def hops_of_chunks(s: Letters) -> list[Sent]:
     return [replace(line, calls=s.head_chunks * line.calls) for line in hops(s)]
 
 
-ACCOUNT = Account(attention=(exchanges, hops_of_chunks), colour="#56b4e9", marker="D")
+ACCOUNT = Account(attention=(exchanges, hops_of_chunks), kept_in_attention=kept, colour="#56b4e9", marker="D")

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 
+from analysis import UserError
 from analysis.accounts import step_bytes
-
 from bench.app import here, judge, records
 from bench.app.job import Job
 from bench.app.records import Row
@@ -55,7 +55,8 @@ def run(job: Job, rerun: str, launcher: Launcher, rounds: list[Round] | None = N
         if outcome.traceback:
             row["traceback"] = outcome.traceback
         if outcome.status == "ok":
-            found = Measured(config, rounds, step_bytes(config), outcome.seconds, peak_tflops(config, rounds))
+            derived = derived_bytes(resolved)
+            found = Measured(config, rounds, derived, outcome.seconds, peak_tflops(config, rounds))
             row |= {**measured(found), "reason": "; ".join(resolved.notes)}
             row |= judged(row) or fit(config, row, launcher)
             comm = found.busiest.comm
@@ -89,6 +90,15 @@ def launched(config: Config, traces: str, launcher: Launcher, rounds: list[Round
         found.silent = silent.ranks
     rounds.append(found)
     return outcome
+
+
+def derived_bytes(resolved: Resolved) -> int | None:
+    """What the strategy's account says that it sends; a note if it cannot be read."""
+    try:
+        return step_bytes(resolved.config)
+    except UserError as error:
+        resolved.notes.append(str(error))
+        return None
 
 
 def peak_tflops(config: Config, rounds: list[Round]) -> float | None:

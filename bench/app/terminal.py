@@ -54,7 +54,7 @@ def cells(row: Row, among: Sequence[Key]) -> dict[str, str]:
     found |= {written(key.path): text(row.get(key.column)) for key in among if key.path != "ring.layout"}
     found[""] = row["status"] if row["status"] != "ok" else ""
     for column in MEASURED:
-        if column.head:
+        if column.head and column.in_terminal:
             found[column.head] = column.text(row)
             if column.name == "peak_bytes" and row.get("peak_bytes") and row.get("capacity_bytes"):
                 found["of memory"] = f"{row['peak_bytes'] / row['capacity_bytes']:.0%}"

@@ -42,9 +42,11 @@ class TorchRing(Function):
 
         q, k, v, out, lse = ctx.saved_tensors
 
-        def block(*tensors: Any, is_causal: bool) -> tuple[Tensor, ...]:
-            *tensors, logsumexp = tensors  # grad, query, key, value, out
-            return heads_swapped(*ctx.kernel.backward(*heads_swapped(*tensors), logsumexp, is_causal))
+        def block(
+            grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, is_causal: bool
+        ) -> tuple[Tensor, ...]:
+            tensors = heads_swapped(grad, query, key, value, out)
+            return heads_swapped(*ctx.kernel.backward(*tensors, logsumexp, is_causal))
 
         tensors = (*heads_swapped(q, k, v), out, lse)
         grads = theirs._templated_ring_attention_backward(
