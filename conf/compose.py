@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -20,6 +21,7 @@ from conf.words import Invalid, did_you_mean, one_of
 REFUSED = (HydraException, OmegaConfBaseException, Invalid, AssertionError)  # the last is OmegaConf's of null sections
 
 
+@cache
 def register() -> None:
     """Tell Hydra the keys, and the groups that are not yaml files of this folder: strategies and data."""
     store = ConfigStore.instance()
@@ -59,8 +61,13 @@ def config_of(composed: DictConfig) -> Config:
     """What Hydra has composed, if it is all there and nothing else."""
     names = [str(name) for name in composed if name != "hydra"]
     values: Any = OmegaConf.to_container(OmegaConf.masked_copy(composed, names), resolve=True)
-    check_known(values, OmegaConf.to_container(OmegaConf.structured(Config)))
+    check_known(values, schema())
     return Config.of(values)
+
+
+@cache
+def schema() -> Any:
+    return OmegaConf.to_container(OmegaConf.structured(Config))
 
 
 def check_known(values: Mapping, schema: Any, path: str = "") -> None:
