@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # ./run.sh        set up, run the sweep `quickstart`, write its report: runs/quickstart/report/index.html
-# ./run.sh test   set up, run the tests
+# ./run.sh test   set up, check style and types, run the tests; ./run.sh test quick: those that take 90 seconds in all
 # ./run.sh peers  set up, install the libraries that ours are raced against, race them, write the report: runs/peers/report/
 # ./run.sh gpu    with the Python and torch that are already here: the CUDA tests and the sweeps that time one GPU
 set -euo pipefail
@@ -49,7 +49,10 @@ case "${1:-quickstart}" in
         find_browser
         ruff check .
         ruff format --check .
-        python -m pytest "${@:2}"
+        mypy
+        arguments=("${@:2}")
+        if [ "${2:-}" = quick ]; then arguments=(--quick "${@:3}"); fi
+        python -m pytest -n auto --maxprocesses 4 --dist worksteal "${arguments[@]}"
         ;;
     gpu)
         failed=0

@@ -1,9 +1,19 @@
+import os
+
 import pytest
+import torch
 from hypothesis import settings
 
-from tests.cases import HEADS
+from tests.cases import HEADS, Case
 from tests.ranks import pools
 from tests.reference import make_checkpoint
+
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
+    # A core for each worker and all its ranks: what they lose by sharing it is less than what waking each other across
+    # cores costs, so two workers do more than one on both.
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+    torch.set_num_threads(1)  # it has counted all of them
 
 settings.register_profile("same every time", derandomize=True, deadline=None)
 settings.load_profile("same every time")
@@ -29,9 +39,20 @@ def checkpoints(tmp_path_factory) -> dict[str, str]:
     return folders
 
 
-def pytest_collection_modifyitems(items) -> None:
-    import torch
+def pytest_addoption(parser) -> None:
+    parser.addoption("--quick", action="store_true", help="what is right, in 90 seconds: no more than 2 ranks a case")
 
+
+def is_slow(item) -> bool:
+    """Is it left out of ./run.sh test quick?"""
+    values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return bool(item.get_closest_marker("slow")) or any(isinstance(v, Case) and v.world_size > 2 for v in values)
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    if config.getoption("quick"):
+        config.hook.pytest_deselected(items=[item for item in items if is_slow(item)])
+        items[:] = [item for item in items if not is_slow(item)]
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):

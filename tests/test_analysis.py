@@ -112,6 +112,7 @@ SIZES = [(8, 8, 512), (8, 2, 96), (12, 4, 240), (32, 8, 65536), (5, 5, 1000)]  #
 RANKS = [*range(1, 11), 12, 16, 24, 48, 63, 64]
 
 
+@pytest.mark.slow
 def test_the_table_takes_the_meshes_that_bench_takes_and_gives_its_answers():
     judges = {}
     for n, world_size in enumerate(RANKS):
@@ -184,6 +185,7 @@ def code(tmp_path) -> Path:
     return tmp_path / "code"
 
 
+@pytest.mark.slow
 def test_an_account_that_says_little_is_good_for_what_it_says(code, sweep):
     (code / "analysis" / "accounts" / "odysseus.py").write_text(PARTIAL)
     table = analysis("table", code=code, cwd=code)
@@ -198,6 +200,7 @@ def test_an_account_that_says_little_is_good_for_what_it_says(code, sweep):
     assert analysis("sources", "odysseus", "tp_sp", "--run", sweep, code=code, cwd=code).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_strategy_without_an_account_is_named(code, sweep):
     (code / "analysis" / "accounts" / "odysseus.py").unlink()
     nothing = "odysseus has no account: analysis/accounts/odysseus.py would be it"
@@ -209,6 +212,7 @@ def test_a_strategy_without_an_account_is_named(code, sweep):
     assert "there is no account to hold it to" in (sweep / "report" / "sources.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["ACCOUNT = ", "import nothing_like_it", ""])
 def test_an_account_that_cannot_be_read_is_a_sentence(code, sweep, text):
     (code / "analysis" / "accounts" / "odysseus.py").write_text(text)

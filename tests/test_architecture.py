@@ -148,12 +148,14 @@ FIRST_OF_FOUR = {case.strategy: case for case in reversed(CASES) if case.world_s
 FIRST_OF_FOUR |= {"usp": Case("usp", ulysses=2, ring=2), "tp_usp": Case("tp_usp", tp=2, ulysses=2, ring=2)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "single"])
 def test_the_card_says_what_is_sent(name):
     case = FIRST_OF_FOUR[name]
     assert on_ranks(case.world_size, counted_calls, case)[0] == card_calls(name, case)
 
 
+@pytest.mark.slow
 def test_adding_a_strategy_is_what_the_readme_says(tmp_path):
     """Follows the section to the letter, in a copy: its files, its line in the registry, its commands."""
     section = (ROOT / "README.md").read_text().partition("## Add a strategy")[2].partition("\n## ")[0]

@@ -147,6 +147,7 @@ def ring_error(rank: int, layout: str, size: int) -> tuple[float, list[float]] |
     return errors.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4, 8])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_ring_errors_do_not_grow_with_the_ring(layout, size):

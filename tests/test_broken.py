@@ -94,6 +94,7 @@ def test_a_wrong_axis_is_found(checkpoints):
     assert distances("wrong_axis", checkpoints["mha"])["logits"] > 0.1
 
 
+@pytest.mark.slow
 def test_a_kept_gather_has_right_gradients_and_is_found_by_counts_and_memory(checkpoints):
     case = MUTANTS["kept_gather"][1]
     assert max(distances("kept_gather", checkpoints["mha"]).values()) < 1e-5

@@ -103,6 +103,7 @@ def held_while_loading(rank: int, folder: str) -> tuple[int, int, int]:
     return log.peak().total, share, max(4 * shape.numel() for shape in training.shapes.values())
 
 
+@pytest.mark.slow
 def test_loading_holds_a_share_and_one_tensor(tmp_path):
     folder = reference.make_checkpoint(str(tmp_path), hidden_size=128, num_hidden_layers=6)
     for held, share, largest in on_ranks(4, held_while_loading, folder):

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from bench.app import records
 from bench.app import sweep as app
 from bench.app.row import resolved_here
 from conf.columns import COMM_COLUMNS, KINDS, csv_columns
+from conf.keys import Config, run_id
 from conf.meshes import names
 from conf.words import Invalid
 from tests.jobs import QUICK, job
@@ -108,12 +110,91 @@ def test_hydra_refuses_in_one_sentence(arguments, says, tmp_path):
     assert len(result.stderr.splitlines()) == 1
 
 
+MISUNDERSTOOD = {  # words -> how the one sentence begins; nothing runs
+    "+foo=1": "there is no key foo",
+    "+ring.foo=1": "there is no key ring.foo",
+    "-m +foo=1,2": "there is no key foo",
+    "~seq_len": "seq_len cannot be taken away",
+    "mesh=foo": "mesh=foo: mesh holds mesh.dp, mesh.tp, mesh.ulysses, mesh.ring; mesh.dp=... would do",
+    "model=null": "model=null is not one of hf, llama2_3b_gqa,",
+    "model.dim=null": "Error merging override model.dim=null: field 'model.dim' is not Optional",
+    "stategy=ring": "there is no key stategy; did you mean strategy?",
+    "seqlen=4": "there is no key seqlen; did you mean seq_len?",
+    "strategy=ring,ulysses": "strategy=ring,ulysses is a sweep; python -m bench -m strategy=ring,ulysses would do",
+    "sweep=quickstart": "sweep=quickstart is a sweep; python -m bench -m sweep=quickstart would do",
+    "cluster.mem_gb=3": "a key of a section that is null cannot be changed: choose the section first",
+}
+
+
+@pytest.mark.parametrize("words", MISUNDERSTOOD)
+def test_what_cannot_be_meant_is_a_sentence_and_runs_nothing(words, tmp_path):
+    result = bench(*words.split(), cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"bench: {MISUNDERSTOOD[words]}")
+    assert len(result.stderr.splitlines()) == 1
+    assert not list(tmp_path.glob("runs/*/*/record.json"))
+
+
+def test_no_rounds_are_a_row_that_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "RUNS", tmp_path)
+    (row,) = app.run_all([job("rounds=0")])
+    assert (row["status"], row["reason"]) == ("invalid", "rounds=0 must be at least 1")
+
+
+def test_what_was_swept_is_visible_without_being_listed(tmp_path, monkeypatch):
+    """In the line of each run, in the table at the end and in results.csv."""
+    monkeypatch.setattr(records, "RUNS", tmp_path)
+    swept = {"ring.grad_dtype": ("fp32", "same"), "model.n_layers": ("1", "2"), "optim.lr": ("0.001", "0.002")}
+    jobs = [
+        job("strategy=ring", "mode=simulate", *(f"{key}={values[n]}" for key, values in swept.items())) for n in (0, 1)
+    ]
+    with app.console.capture() as captured:
+        app.run_all(jobs)
+    text = captured.get()
+    with open(tmp_path / "default" / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for key, values in swept.items():
+        assert all(f"{key}={value}" in text for value in values), text
+        assert key in text.partition("┏")[2]  # a heading of the table
+        column = key.replace("ring.", "ring_").rpartition(".")[2]
+        assert sorted(row[column] for row in rows) == sorted(values)
+
+
+def test_a_run_id_is_of_what_is_not_as_by_default():
+    """So a key that did not exist, and is as by default, leaves the ids of old rows as they are."""
+    config = resolved_here(job("strategy=ring", "zero_stage=1").config).config
+    older = asdict(config)
+    for key in ("compile", "seed", "placement", "ulysses"):  # as if they had been added since
+        del older[key]
+    assert run_id(Config.of(older)) == run_id(config)
+    ids = {run_id(replace(config, **change)) for change in ({}, {"seed": 1}, {"zero_stage": 3}, {"compile": True})}
+    assert len(ids) == 4
+    assert run_id(replace(config, name="other", rounds=5, rerun="all")) == run_id(config)
+
+
+def test_a_sweep_of_an_older_version_goes_on(tmp_path, monkeypatch):
+    """Its rows are found by what they are, whatever the id under which they were stored."""
+    monkeypatch.setattr(records, "RUNS", tmp_path)
+    jobs = [job("strategy=ring", "mode=simulate", f"seq_len={n}") for n in (64, 128)]
+    first = app.run_all(jobs[:1])[0]
+    folder = tmp_path / "default" / first["run_id"]
+    old = {**json.loads((folder / "record.json").read_text()), "run_id": "0123456789ab"}
+    del old["config"]["compile"], old["compile"]
+    (folder / "record.json").write_text(json.dumps(old))
+    folder.rename(folder.with_name("0123456789ab"))
+    rows = app.run_all(jobs)
+    assert [row.get("kept", False) for row in rows] == [True, False]
+    with open(tmp_path / "default" / "results.csv", newline="") as file:
+        assert [row["compile"] for row in csv.DictReader(file)] == ["False", "False"]
+
+
 def test_help_explains_keys_and_groups(tmp_path):
     text = bench("--help", cwd=tmp_path).stdout
     assert f"strategy: {', '.join(sorted(names()))}" in text
     assert "seq_len: 512" in text
 
 
+@pytest.mark.slow
 def test_a_single_run_is_a_row_that_its_command_reproduces(tmp_path):
     result = bench(*QUICK, "strategy=usp", "world_size=4", "name=one", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -197,6 +278,7 @@ def test_flops_are_counted_causally():
     assert flops == 6 * weights * batch * seq_len + 2 * 14 * batch * 4 * head_dim * pairs
 
 
+@pytest.mark.slow
 def test_ranks_share_the_work_of_one(tmp_path):
     """Sharding moves FLOPs, it makes none: ring's blocks under a causal mask add up to the whole."""
     from tests import instruments

@@ -19,6 +19,7 @@ from bench.ranks.task import Task
 from tests.jobs import job
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
 
 
 def alive(pids: list[int]) -> list[int]:

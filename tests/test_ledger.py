@@ -228,6 +228,7 @@ def test_a_whole_step_sends_what_the_cost_table_says(case: Case, variation: str)
         assert not source.startswith("strategies/ops"), source
 
 
+@pytest.mark.slow
 def test_the_kernel_counts_the_same_bytes_on_the_wire():
     """In a network namespace of its own, the loopback device carries what the ranks send and nothing else."""
     probe = subprocess.run(["unshare", "-n", "true"], capture_output=True, check=False)

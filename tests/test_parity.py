@@ -86,6 +86,7 @@ def attention_alone(rank: int, case: Case, n_kv_heads: int) -> dict[str, float]:
 ALONE = [case for case in cases(4) if case.dp < 4 and case.zero_stage == 3 and case.model == Case("").model]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "n_kv_heads"), [(c, n) for c in ALONE for n in HEADS.values() if c.fits(n)], ids=str)
 def test_attention_alone_is_its_part_of_the_whole(case: Case, n_kv_heads: int):
     for far in on_ranks(4, attention_alone, case, n_kv_heads):
@@ -104,6 +105,7 @@ def trained(rank: int, case: Case, folder: str) -> tuple[reference.Result | None
     return result, sorted(sent.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("hybrid", "plain"),
     [
@@ -127,6 +129,7 @@ def compiled_or_not(rank: int, case: Case, folder: str, compiled: bool) -> tuple
     return result, torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
 
 
+@pytest.mark.slow
 def test_compiled_is_the_same_model(checkpoints):
     """compile=true: a norm, the rotation of q and of k, and the activation are a graph each; else there is none."""
     case, folder = Case("ulysses", ulysses=2, recompute=True), checkpoints["gqa"]

@@ -126,6 +126,7 @@ def test_a_peers_traffic_is_counted(case: Case):
     assert 0.75 * we_sent < they_sent < 2 * we_sent, f"{they_sent / we_sent:.2f} times as much"
 
 
+@pytest.mark.slow
 def test_a_race_pairs_rows_that_differ_in_the_strategy_alone(tmp_path, monkeypatch):
     """The ratio is the median of the rounds' ratios; DDP is stage 0 whatever is asked, and so is its pair."""
     monkeypatch.setattr(records, "RUNS", tmp_path)

@@ -129,6 +129,7 @@ def test_the_longest_sequence_is_found(curve):
     assert curve(found + 8) > 10_000
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_says_so_and_what_would(tmp_path, monkeypatch):
     """llama3_8b's state alone is over 80 GB on 2 ranks; on 32 it depends on the sequence."""
     monkeypatch.setattr(records, "RUNS", tmp_path)
