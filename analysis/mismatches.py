@@ -8,8 +8,6 @@ from analysis.reading import Sweep
 from conf.columns import KINDS
 
 PHASES = {"forward": ("forward",), "backward": ("recompute", "backward"), "optimizer": ("optimizer",)}
-
-
 MOST = 4  # columns that a sentence names
 
 

@@ -102,14 +102,9 @@ def added(lines: Iterable[Sent]) -> list[Sent]:
     return list(found.values())
 
 
-def activations(row: Row) -> sympy.Expr:
-    """Bytes of activations and their gradients that a rank sends for a block."""
-    return neat(total(row.account.of_block(row.letters), weights=False))
-
-
-def weights(row: Row) -> sympy.Expr:
-    """Bytes of weights and their gradients."""
-    return neat(total(row.account.of_block(row.letters), weights=True))
+def sent(row: Row, weights: bool) -> sympy.Expr:
+    """Bytes of weights, or of activations, and of their gradients that a rank sends for a block."""
+    return neat(total(row.account.of_block(row.letters), weights=weights))
 
 
 def saved(row: Row) -> sympy.Expr:

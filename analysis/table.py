@@ -92,8 +92,8 @@ def cells_of(row: symbols.Row, format: str) -> dict[str, str]:
     lines, step = row.account.of_block(row.letters), row.account.of_step(row.letters)
     saved = row.letters.layers * row.account.saved_by_block(row.letters) + row.account.saved_by_ends(row.letters)
     sizes = {
-        "activation bytes": symbols.activations(row),
-        "weight and gradient bytes": symbols.weights(row),
+        "activation bytes": symbols.sent(row, weights=False),
+        "weight and gradient bytes": symbols.sent(row, weights=True),
         "kept for backward": symbols.saved(row),
         **{f"{part} of a block": size for part, size in symbols.kept(row).items()},
         "whole model: activation bytes": symbols.neat(total(step, weights=False)),

@@ -58,8 +58,8 @@ def test_the_formulas_with_numbers_put_in_are_the_numbers(row):
     numbers = {"B": 2, "L": 4096, "d": 512, "i": 1536, "h": 8, "h_kv": 8, "V": 1024, "n_layers": 3, "e": 2, "e_g": 4}
     ranks = {"N": 4, "tp": 2, "u": 2, "r": 2, "rho": 1, "dp": 1}
     for expression, plain in (
-        (symbols.activations(row), lambda s: total(row.account.of_block(s), weights=False)),
-        (symbols.weights(row), lambda s: total(row.account.of_block(s), weights=True)),
+        (symbols.sent(row, weights=False), lambda s: total(row.account.of_block(s), weights=False)),
+        (symbols.sent(row, weights=True), lambda s: total(row.account.of_block(s), weights=True)),
         (symbols.saved(row), row.account.saved_by_block),
         (symbols.neat(total(row.account.of_step(row.letters))), lambda s: total(row.account.of_step(s))),
     ):

@@ -26,7 +26,6 @@ ACCOUNT = Account(
             "3 RS + 2 AG; RS + 2 AG (MLP)",
             activations="5*B*L*d",
             weights="3*d*i",
-            memory="1/N",
             differs="swapped: 3 AG + 2 RS; 3 d i is the MLP's parameters, 9 d i are sent; and L > i does not make it "
             "cheapest: against TP-SP the bound is L > 1.8 i, against Ulysses + ZeRO-3 it is L < 12 d / (5 - 8/N)",
         ),

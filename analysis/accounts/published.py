@@ -19,6 +19,6 @@ class Published:
     source: str
     collectives: str
     activations: str  # in the letters of the cost table
-    weights: str
-    memory: str
+    weights: str = ""
+    memory: str = "1/N"
     differs: str = ""  # why ours is another, in one line

@@ -28,7 +28,6 @@ ACCOUNT = Account(
             "P2Ps; RS + 2 AG",
             activations="4*B*L*d",
             weights="4*d**2 + 3*d*i",
-            memory="1/N",
             differs="4 L d are k and v, forward and backward; their gradients travel too (2 L d more, 4 in fp32), and "
             "all of it shrinks with h_kv / h",
         ),
@@ -36,8 +35,6 @@ ACCOUNT = Account(
             USP,
             "P2P",
             activations="4*B*L*d",
-            weights="",
-            memory="1/N",
             differs="as above: the gradients of k and v are left out",
         ),
     ),

@@ -61,11 +61,10 @@ ACCOUNT = Account(
             "6 RS + 4 AG",
             activations="10*B*L*d",
             weights="0",
-            memory="1/N",
             differs="the two are swapped: 6 AG + 4 RS, since backward gathers the saved shard again for the weights' "
             "gradient",
         ),
-        Published(USP, "6 AG + 4 RS", activations="10*B*L*d", weights="0", memory="1/N"),
+        Published(USP, "6 AG + 4 RS", activations="10*B*L*d", weights="0"),
         Published(
             MEGATRON,
             "4 AG + 4 RS",

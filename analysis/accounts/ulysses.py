@@ -28,7 +28,6 @@ ACCOUNT = Account(
             "8 All2All; RS + 2 AG",
             activations="8*B*L*d/N",
             weights="4*d**2 + 3*d*i",
-            memory="1/N",
             differs="8 L d / N holds for h_kv = h, 4 (1 + h_kv / h) L d / N in general; the weights' is the number of "
             "parameters, three times that is sent",
         ),
@@ -36,8 +35,6 @@ ACCOUNT = Account(
             USP,
             "8 All2All",
             activations="8*B*L*d/N",
-            weights="",
-            memory="1/N",
             differs="holds for h_kv = h; the paper's 9.37 d² parameters of a Llama block forget the gate matrix "
             "(12.06 in 7B)",
         ),

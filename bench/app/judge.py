@@ -1,12 +1,12 @@
 """Why a measurement cannot be right, where it cannot: such a row must not look like a result."""
 
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-CLUSTERS = Path(__file__).parents[2] / "conf" / "cluster"
+from conf.groups import HERE
+
 CLOSE = {"fp32": 1e-4, "bf16": 0.03, "bf16_mixed": 0.03}  # of two ways to compute the same
 
 
@@ -36,7 +36,7 @@ def peak_tflops_of(device_name: str, precision: str) -> float | None:
     """The dense 16-bit peak of a known GPU, from conf/cluster/; None for other devices and for fp32."""
     if precision == "fp32":
         return None
-    for file in sorted(CLUSTERS.glob("*.yaml")):
+    for file in sorted((HERE / "cluster").glob("*.yaml")):
         cluster = OmegaConf.load(file)
         if any(name in device_name for name in cluster.device_names):
             return float(cluster.bf16_dense_tflops)

@@ -98,11 +98,15 @@ class Instruments(TorchDispatchMode):
             instrument.times = 1
 
 
-Hops = Callable[[Instruments, Axis, str], Iterable[int]]  # around an axis, in a layout
+def all_hops(seen: Instruments, axis: Axis, layout: str) -> Iterable[int]:
+    return every_hop(axis, layout)
 
 
 def observe(
-    training: Workload, batch: Any, log: MemoryLog, hops: Hops = lambda seen, axis, layout: every_hop(axis, layout)
+    training: Workload,
+    batch: Any,
+    log: MemoryLog,
+    hops: Callable[[Instruments, Axis, str], Iterable[int]] = all_hops,
 ) -> Observed:
     """Run one more step, with nothing compiled: a fused kernel shows no instrument what it holds.
 

@@ -18,21 +18,11 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from bench.ranks.task import Task
+from bench.ranks.task import Failure, Task
 from conf.keys import Config
 from conf.measurement import Rank
 
 GRACE_S = 1.0  # between the first sign of a failure and the verdict: time for the rank that began it to be heard
-
-
-@dataclass
-class Failure:
-    """How a rank ended that has not measured."""
-
-    message: str
-    oom: bool = False
-    echo: bool = False  # of another rank's end
-    traceback: str = ""
 
 
 @dataclass

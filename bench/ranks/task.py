@@ -1,4 +1,4 @@
-"""What the ranks of a configuration are told beside it."""
+"""What passes between the parent and the ranks of a configuration, beside what they measure."""
 
 from dataclasses import dataclass
 
@@ -18,3 +18,13 @@ class Task:
     def processes(self) -> int:
         """How many run at the same time on this machine's cores."""
         return self.config.world_size if self.config.mode == "real" else 1
+
+
+@dataclass
+class Failure:
+    """How a rank ended that has not measured."""
+
+    message: str
+    oom: bool = False
+    echo: bool = False  # of another rank's end
+    traceback: str = ""

@@ -21,8 +21,7 @@ from bench.instruments.memory import MemoryLog
 from bench.instruments.observe import Observed, observe
 from bench.instruments.timing import Stopwatch
 from bench.instruments.trace import trace
-from bench.ranks.launch import Failure
-from bench.ranks.task import Task
+from bench.ranks.task import Failure, Task
 from bench.simulation.emulated import stand_for
 from bench.simulation.simulate import simulate
 from bench.workloads.attention import AttentionAlone

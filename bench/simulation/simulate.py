@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from bench.instruments.memory import MemoryLog
-from bench.instruments.observe import Instruments, Observed, Workload, observe
+from bench.instruments.observe import Instruments, Observed, Workload, all_hops, observe
 from bench.simulation.fake import RememberingFakeMode
 from bench.workloads.build import build_attention, build_strategy, build_training
 from bench.workloads.training import Batch
 from conf.keys import Config
 from conf.measurement import Entry, Peak
-from strategies.ops.hooks import every_hop
 from strategies.ops.layouts import visible
 from strategies.ops.mesh import Axis
 
@@ -64,10 +63,6 @@ def alike_once(seen: Instruments, axis: Axis, layout: str) -> Iterator[int]:
             with seen.counting(len(between)):
                 yield between[0]
         yield from alike[2:][-1:]
-
-
-def all_hops(seen: Instruments, axis: Axis, layout: str) -> Iterable[int]:
-    return every_hop(axis, layout)
 
 
 def step_of(config: Config, n_layers: int) -> Observed:
