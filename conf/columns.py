@@ -31,7 +31,7 @@ class Column:
     says: str
     of: Callable[[Measured], Any] | None = None
     head: str = ""
-    form: str = "{}"
+    form: str = "{:,.4g}"
     scale: float = 1
     in_terminal: bool = True
     timed: bool = False
@@ -45,7 +45,9 @@ class Column:
         return self.form.format(value / self.scale if self.scale != 1 else value)
 
 
-def clock(name: str, unit: str, says: str, of: Callable[[Measured], Any], head: str = "", form: str = "{}") -> Column:
+def clock(
+    name: str, unit: str, says: str, of: Callable[[Measured], Any], head: str = "", form: str = "{:,.4g}"
+) -> Column:
     return Column(name, unit, says, of, head, form, timed=True)
 
 

@@ -188,6 +188,32 @@ def test_a_sweep_of_an_older_version_goes_on(tmp_path, monkeypatch):
         assert [row["compile"] for row in csv.DictReader(file)] == ["False", "False"]
 
 
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("bench strategy=uly", "strategy=ulysses"),
+        ("bench ring.la", "ring.layout="),
+        ("bench -m sweep=q", "sweep=quickstart"),
+    ],
+)
+def test_tab_completes(line, completed, tmp_path):
+    """What a shell does after `eval "$(bench -sc install=bash)"`."""
+    command = Path(sys.executable).with_name("bench")
+    if not command.exists():
+        pytest.skip("the command is not installed: pip install --editable .")
+    script = f"""
+eval "$({command} -sc install=bash)"
+COMP_LINE="{line}"; COMP_POINT=${{#COMP_LINE}}; COMP_WORDS=({line}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
+$(complete -p bench | sed 's/.*-F \\([^ ]*\\).*/\\1/') bench
+echo "${{COMPREPLY[@]}}"
+"""
+    environment = {**os.environ, "PATH": f"{command.parent}:{os.environ['PATH']}"}
+    result = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert completed in result.stdout.split(), result.stdout + result.stderr
+
+
 def test_help_explains_keys_and_groups(tmp_path):
     text = bench("--help", cwd=tmp_path).stdout
     assert f"strategy: {', '.join(sorted(names()))}" in text
