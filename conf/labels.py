@@ -40,7 +40,7 @@ def text(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
-        return f"{value:g}"
+        return f"{value:.15g}"
     return value if isinstance(value, str) else json.dumps(value)
 
 

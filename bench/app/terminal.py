@@ -51,7 +51,7 @@ def outcome_line(row: Row) -> str:
 def cells(row: Row, among: Sequence[Key]) -> dict[str, str]:
     """What the table says of a row, by heading."""
     found = {"strategy": row["strategy"], "mesh": where(row), "seq_len": text(row["seq_len"])}
-    found |= {written(key.path): text(row.get(key.column)) for key in among if key.path != "ring.layout"}
+    found |= {written(key.path): text(row.get(key.column)) for key in among}
     found[""] = row["status"] if row["status"] != "ok" else ""
     for column in MEASURED:
         if column.head and column.in_terminal:
