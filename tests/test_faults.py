@@ -33,8 +33,8 @@ def hit_a_rank(blow: signal.Signals, *overrides: str):
 
     def progress(text: str) -> None:
         if not struck:
-            ranks = sorted(mp.active_children(), key=lambda process: process.pid)
-            ranks = [process for process in ranks if process.name.startswith("ForkServerProcess")][-4:]
+            ranks = [process for process in mp.active_children() if process.name.startswith("ForkServerProcess-")]
+            ranks = sorted(ranks, key=lambda process: int(process.name.rpartition("-")[2]))[-4:]  # pids start again
             struck.update(pids=[process.pid for process in ranks], at=time.monotonic())
             os.kill(struck["pids"][2], blow)
 
