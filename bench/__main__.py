@@ -14,6 +14,8 @@ def main() -> None:
 
         print(help())
         return
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # whatever a path or an error holds
     sys.path.append(str(HERE / "app" / "plugins"))
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra's errors are ours to say, in one sentence
     from bench.app.command import run

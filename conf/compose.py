@@ -1,5 +1,6 @@
 """From key=value on a command line to a Config, by Hydra; and what Hydra refuses, in one sentence."""
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -62,7 +63,10 @@ def config_of(composed: DictConfig) -> Config:
     names = [str(name) for name in composed if name != "hydra"]
     values: Any = OmegaConf.to_container(OmegaConf.masked_copy(composed, names), resolve=True)
     check_known(values, schema())
-    return Config.of(values)
+    config = Config.of(values)
+    if not re.fullmatch(r"(?!\.)[\w.+=, -]{1,100}", config.name):
+        raise Invalid(f"name={config.name[:40]!r} is no name of a folder in runs/; letters, digits, - and _ would do")
+    return config
 
 
 @cache

@@ -122,6 +122,8 @@ MISUNDERSTOOD = {  # words -> how the one sentence begins; nothing runs
     "seqlen=4": "there is no key seqlen; did you mean seq_len?",
     "strategy=ring,ulysses": "strategy=ring,ulysses is a sweep; python -m bench -m strategy=ring,ulysses would do",
     "sweep=quickstart": "sweep=quickstart is a sweep; python -m bench -m sweep=quickstart would do",
+    "name=../../x": "name='../../x' is no name of a folder in runs/",
+    "name=..": "name='..' is no name of a folder in runs/",
     "cluster.mem_gb=3": "a key of a section that is null cannot be changed: choose the section first",
 }
 
@@ -133,6 +135,15 @@ def test_what_cannot_be_meant_is_a_sentence_and_runs_nothing(words, tmp_path):
     assert result.stderr.startswith(f"bench: {MISUNDERSTOOD[words]}")
     assert len(result.stderr.splitlines()) == 1
     assert not list(tmp_path.glob("runs/*/*/record.json"))
+
+
+def test_a_character_that_is_none_is_written_and_read(tmp_path):
+    """A path with a byte that is no UTF-8: its row is there, and the next is written beside it."""
+    for _ in range(2):
+        result = bench("data.path='/x\udcff'", cwd=tmp_path)
+        assert (result.returncode, result.stderr) == (1, "")
+        assert "no such file or folder" in result.stdout
+    assert len((tmp_path / "runs" / "default" / "results.csv").read_text().splitlines()) == 2
 
 
 def test_no_rounds_are_a_row_that_says_so(tmp_path, monkeypatch):

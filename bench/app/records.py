@@ -58,7 +58,7 @@ def load_all(folder: Path) -> list[Row]:
 
 def write_csv(file: Path, columns: list[str], rows: Iterable[Mapping]) -> None:
     temporary = file.with_suffix(".tmp")
-    with open(temporary, "w", newline="") as out:
+    with open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as out:
         writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
