@@ -15,6 +15,9 @@ def mismatches(sweep: Sweep) -> Iterator[str]:
     """A sentence for each record that is not the sum of its comm.csv, and for each row that is not its record."""
     for run_id, lines in sweep.comm.items():
         record, sums = sweep.records[run_id], summed(lines)
+        parts = {"comm_bytes_params", "comm_bytes_activations"} & record.keys()
+        if parts and sum(record[part] for part in parts) != record["comm_bytes"]:
+            yield f"{sweep.folder / run_id / 'record.json'}: {' and '.join(sorted(parts))} do not add up to comm_bytes"
         if wrong := differing(sums, record):
             file = sweep.folder / run_id / "comm.csv"
             yield f"{file}: its lines add up to {some(sums, wrong)}, and record.json has {some(record, wrong)}"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import UserError
-from conf.columns import MEASURED, columns, described
+from conf.columns import COMM_COLUMNS, MEASURED, columns, described
 from conf.keys import MISSING, Config, keys
 from conf.labels import labels
 from conf.meshes import AXES
@@ -65,8 +65,9 @@ def load(folder: Path) -> Sweep:
     if "ok" not in set(statuses):
         counts = ", ".join(f"{n} {status}" for status, n in statuses.value_counts().items())
         problems.append(f"{folder}: no configuration ended well ({counts})")
-    ok = [run_id for run_id, record in records.items() if record.get("status") == "ok"]
-    comm = {run_id: lines for run_id in ok if (lines := read_comm(folder / run_id / "comm.csv", problems)) is not None}
+    counted = [run_id for run_id, record in records.items() if record.get("comm_bytes") is not None]
+    lines = {run_id: read_comm(folder / run_id / "comm.csv", problems) for run_id in counted}
+    comm = {run_id: entries for run_id, entries in lines.items() if entries is not None}
     return Sweep(folder, table_of(found), records, configs, comm, problems)
 
 
@@ -135,6 +136,8 @@ def read_comm(file: Path, problems: list[str]) -> list[dict] | None:
     try:
         with open(file, newline="") as lines:
             rows = list(csv.DictReader(lines))
+        if rows and (absent := set(COMM_COLUMNS) - rows[0].keys()):
+            raise ValueError(f"no column {', '.join(sorted(absent))}")
         return [
             {**row, **{key: int(row[key]) for key in ("group_size", "calls", "payload_bytes", "sent_bytes")}}
             for row in rows

@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 
 def main() -> None:
     """The command line, of `python -m bench` and of the installed command `bench`."""
-    if sys.argv[1:] in (["--help"], ["-h"]):  # before Hydra, which takes longer to import than to read this
+    if {"--help", "-h"} & set(sys.argv[1:]):  # before Hydra, which takes longer to import than to read this
         from bench.app.help import help
 
         print(help())

@@ -10,7 +10,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, MissingConfigException
+from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -32,6 +33,7 @@ def register() -> None:
         store.store(group="strategy", name=name, node={"strategy": {"name": name}, **ranks}, package="_global_")
     for name in keys()["data.name"].choices:
         store.store(group="data", name=name, node={"name": name})
+    store.store(group="cluster", name="none", node={"cluster": None}, package="_global_")
     chosen = [{group: keys()[path].default} for group, path in CHOSEN.items()]
     store.store(name="keys", node={"defaults": ["schema", "_self_", *chosen, *({group: None} for group in OPEN)]})
 
@@ -47,15 +49,36 @@ def configuration(overrides: Sequence[str]) -> Config:
 
 def check_overrides(overrides: Sequence[str], multirun: bool = False) -> None:
     """What Hydra would take for something else, or answer at length."""
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        name, written = override.key_or_group, override.input_line
+    for override in parsed(overrides):
+        name, written, values = override.key_or_group, override.input_line, values_of(override)
         inside = [path for path in keys() if path.startswith(f"{name}.")]
-        if name in CHOSEN and override.value() is None:
-            raise Invalid(one_of(name, "null", options(name)))
-        if inside and name not in (*CHOSEN, *OPEN) and not isinstance(override.value(), dict):
+        groups = {path: group for group, path in {**CHOSEN, "cluster": "cluster.name"}.items()}
+        if not name:
+            raise Invalid(f"{written!r} names no key")
+        if name in (*CHOSEN, *OPEN) and not (override.is_delete() or name == "sweep"):
+            for value in values:
+                if not isinstance(value, (str, QuotedString)):
+                    raise Invalid(one_of(name, "null" if value is None else value, options(name)))
+        elif name in groups:
+            raise Invalid(f"{written}: {groups[name]}=... chooses it, with all that belongs to it")
+        elif inside and not all(isinstance(value, dict) for value in values):
             raise Invalid(f"{written}: {name} holds {', '.join(inside)}; {inside[0]}=... would do")
         if not multirun and (override.is_sweep_override() or (name == "sweep" and override.value() is not None)):
             raise Invalid(f"{written} is a sweep; python -m bench -m {shlex.join(overrides)} would do")
+
+
+def parsed(overrides: Sequence[str]) -> list[Override]:
+    """The words of a command line. Raises Invalid for what is no key=value."""
+    try:
+        return OverridesParser.create().parse_overrides(list(overrides))
+    except OverrideParseException as error:
+        raise Invalid(f"{error.override!r} is no key=value") from None
+
+
+def values_of(override: Override) -> list[Any]:
+    """The value, or every value of a sweep over several."""
+    value = override.value()
+    return list(value.list) if isinstance(value, ChoiceSweep) else [value]
 
 
 def config_of(composed: DictConfig) -> Config:
@@ -97,7 +120,9 @@ def sentence(error: Exception) -> str:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
         return one_of(group, choice, error.options)
     if isinstance(error, AssertionError):
-        return "a key of a section that is null cannot be changed: choose the section first, as in cluster=h100"
+        return (
+            "a key of a section that is null cannot be changed; cluster=h100, model=llama3_8b (rope_scaling) have one"
+        )
     cause = error.__cause__ or error
     if isinstance(cause, (ConfigKeyError, ConfigAttributeError)):
         return no_such_key(str(cause.full_key or cause.key))

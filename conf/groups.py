@@ -16,7 +16,8 @@ def options(group: str) -> list[str]:
         return sorted(meshes.names())
     if group == "data":
         return list(keys()["data.name"].choices)
-    return sorted(file.stem for file in (HERE / group).glob("*.yaml"))
+    none = ["none"] if group == "cluster" else []
+    return none + sorted(file.stem for file in (HERE / group).glob("*.yaml"))
 
 
 def written(path: str) -> str:

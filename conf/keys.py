@@ -72,7 +72,7 @@ class ModelConfig:
     vocab_size: int = key(MISSING, "tokens that there are", least=1)
     rope_theta: float = key(MISSING, "base of the rotary frequencies", above=0)
     rope_scaling: RopeScaling | None = key(None, "Llama 3.1's slower long waves; null = none")
-    norm_eps: float = key(MISSING, "added to a norm's mean square")
+    norm_eps: float = key(MISSING, "added to a norm's mean square", least=0)
     tie_embeddings: bool = key(MISSING, "the head's weight is the embedding's")
 
     @property
@@ -135,10 +135,10 @@ class LossConfig:
 class OptimConfig:
     """AdamW (Loshchilov and Hutter 2019) on every parameter."""
 
-    lr: float = key(3e-4, "learning rate")
+    lr: float = key(3e-4, "learning rate", least=0)
     betas: list[float] = key([0.9, 0.95], "decay of the two moments")
-    eps: float = key(1e-8, "added to the root of the second moment")
-    weight_decay: float = key(0.1, "decoupled")
+    eps: float = key(1e-8, "added to the root of the second moment", least=0)
+    weight_decay: float = key(0.1, "decoupled", least=0)
     grad_clip: float | None = key(1.0, "longest gradient, in its 2-norm; null = off", above=0)
 
 

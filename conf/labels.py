@@ -5,6 +5,7 @@ Nobody lists these keys: they are found by comparing the rows. Rows are mappings
 
 import json
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 from conf.columns import described
@@ -14,18 +15,22 @@ from conf.meshes import AXES
 
 Row = Mapping[str, Any]
 SAID_ANYHOW = ("strategy.name", "world_size", "seq_len", *(f"mesh.{axis}" for axis in AXES))
-UNDECIDED = ("", "auto")  # what a configuration holds that was refused before it was resolved
+FILLED = ("attention.kernel", "model.head_dim")  # what is undecided in a configuration that was refused before
 
 
 def mesh(row: Row) -> str:
-    """The degrees that are more than 1."""
-    return " ".join(f"{axis}={int(row[axis])}" for axis in AXES if number(row.get(axis)) > 1)
+    """The degrees that are more than 1; of a configuration that was refused, all that were given."""
+    least = 1 if row.get("status") == "invalid" else 2
+    return " ".join(f"{axis}={int(row[axis])}" for axis in AXES if number(row.get(axis)) >= least)
 
 
 def where(row: Row) -> str:
-    """The mesh, and around a ring its layout; or how many ranks there are."""
-    layout = f" {row['ring_layout']}" if number(row.get("ring")) > 1 and row.get("ring_layout") else ""
-    return mesh(row) + layout or f"world_size={int(number(row.get('world_size')))}"
+    """The mesh, and around a ring its layout; and how many ranks there are, where the mesh does not say it."""
+    layout = row["ring_layout"] if number(row.get("ring")) > 1 and row.get("ring_layout") else ""
+    world_size = int(number(row.get("world_size")))
+    ranks = prod(int(number(row.get(axis)) or 1) for axis in AXES)
+    said = "" if ranks == world_size and world_size > 1 else f"world_size={world_size}"
+    return " ".join(part for part in (mesh(row), layout, said) if part)
 
 
 def number(value: Any) -> float:
@@ -40,22 +45,28 @@ def text(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
-        return f"{value:.15g}"
+        return repr(value).removesuffix(".0")
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def differing(rows: Sequence[Row]) -> list[Key]:
     """The keys in which two of the rows differ, but those that follow from another: a preset's sizes from its name."""
-    return [key for key in keys().values() if any(len(values) > 1 for values in alternatives(rows, key).values())]
+    return [
+        key
+        for key in keys().values()
+        if key.declared.metadata["identity"] and any(len(values) > 1 for values in alternatives(rows, key).values())
+    ]
 
 
 def alternatives(rows: Sequence[Row], key: Key) -> dict[str, set[str]]:
     """The values of a key; if its section is a preset, of each preset apart."""
     preset = keys().get(f"{key.path.rpartition('.')[0]}.name", key)
+    resolved = any(row.get("status") != "invalid" for row in rows)
     found: dict[str, set[str]] = {}
     for row in rows:
         value = text(row.get(key.column))
-        if row.get("status") != "invalid" or value not in UNDECIDED:
+        undecided = resolved and key.path in FILLED and row.get("status") == "invalid" and value in ("", "auto")
+        if not undecided:
             found.setdefault("" if preset is key else text(row.get(preset.column)), set()).add(value)
     return found
 
@@ -90,17 +101,14 @@ def title(row: Row, among: Sequence[Key]) -> str:
 def labels(rows: Sequence[Row]) -> list[str]:
     """A short name of each row, the same for rows that differ in their length alone."""
     among = swept(rows)
-    meshes: dict[str, set[str]] = {}
+    layouts = any(key.path == "ring.layout" for key in among)
+    places: dict[str, set[str]] = {}
     for row in rows:
-        meshes.setdefault(row["strategy"], set()).add(mesh(row))
+        places.setdefault(row["strategy"], set()).add(where(row))
     names = []
     for row in rows:
-        several = len(meshes[row["strategy"]]) > 1 or " " in mesh(row) or layout_differs(among)
+        several = len(places[row["strategy"]]) > 1 or " " in mesh(row) or layouts
         names.append(
             " ".join(part for part in (row["strategy"], where(row) if several else "", variant(row, among)) if part)
         )
     return names
-
-
-def layout_differs(among: Sequence[Key]) -> bool:
-    return any(key.path == "ring.layout" for key in among)

@@ -5,12 +5,13 @@ What depends on the machine (are the data, the GPUs, a peer's package here?) is 
 
 import copy
 from dataclasses import dataclass, field
+from math import isfinite
 
 from conf import meshes
 from conf.groups import written
 from conf.huggingface import CheckpointError, read_config
 from conf.keys import MISSING, Config, ModelConfig, keys
-from conf.words import Invalid, around, either, one_of
+from conf.words import Invalid, around, one_of
 
 
 @dataclass
@@ -47,12 +48,20 @@ def check_values(config: Config) -> None:
             raise Invalid(f"{path} is missing, and model={config.model.name} does not say it")
         if value is None:
             continue
+        if isinstance(value, float) and not isfinite(value):
+            raise Invalid(f"{path}={value} is not finite")
         if rules["choices"] and value not in rules["choices"]:
             raise Invalid(one_of(written(path), value, rules["choices"]))
         if rules["least"] is not None and value < rules["least"]:
             raise Invalid(f"{path}={value} must be at least {rules['least']}")
         if rules["above"] is not None and not value > rules["above"]:
             raise Invalid(f"{path}={value} must be more than {rules['above']}")
+
+    betas, rope = config.optim.betas, config.model.rope_scaling
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise Invalid(f"optim.betas={betas} must be two numbers from 0 up to 1; [0.9, 0.95] would do")
+    if rope is not None and not rope.factor > 0:
+        raise Invalid(f"model.rope_scaling.factor={rope.factor} must be more than 0")
 
 
 def check_mode(config: Config) -> None:
@@ -127,7 +136,7 @@ def fill_model(model: ModelConfig) -> None:
     if model.head_dim % 2:
         raise Invalid(
             f"model.head_dim={model.head_dim} must be even: rotary embedding pairs dims; "
-            f"{either(model.head_dim - 1, model.head_dim + 1)} would do"
+            f"{around(model.head_dim, lambda n: n % 2 == 0)} would do"
         )
     if model.n_heads % model.n_kv_heads:
         near = around(model.n_kv_heads, lambda g: model.n_heads % g == 0)

@@ -336,6 +336,12 @@ def test_a_record_that_is_not_the_sum_of_its_comm_csv_is_named(sweep, column):
     )
 
 
+def test_a_split_that_does_not_add_up_is_named(sweep):
+    run_id = change_record(sweep, "ulysses", comm_bytes_params=7)
+    said = f"{run_id}/record.json: comm_bytes_activations and comm_bytes_params do not add up to comm_bytes"
+    assert any(said in problem for problem in write(sweep))
+
+
 def test_a_lost_comm_line_is_named(sweep):
     run_id = next(r["run_id"] for r in records_of(sweep) if r["strategy"] == "usp" and r["status"] == "ok")
     file = sweep / run_id / "comm.csv"

@@ -16,6 +16,7 @@ from bench.app import sweep as app
 from bench.app.row import resolved_here
 from conf.columns import COMM_COLUMNS, KINDS, csv_columns
 from conf.keys import Config, run_id
+from conf.labels import labels
 from conf.meshes import names
 from conf.words import Invalid
 from tests.jobs import QUICK, job
@@ -39,6 +40,11 @@ WRONG = {  # overrides -> what the one sentence says
     "model.n_heads=0": "model.n_heads=0 must be at least 1",
     "model.n_kv_heads=3": "model.n_kv_heads=3 must divide model.n_heads=8; 2 or 4 would do",
     "model.head_dim=15": "model.head_dim=15 must be even",
+    "model.head_dim=1": "pairs dims; 2 would do",
+    "optim.betas=[1]": "optim.betas=[1.0] must be two numbers from 0 up to 1",
+    "optim.lr=nan": "optim.lr=nan is not finite",
+    "optim.eps=-1": "optim.eps=-1.0 must be at least 0",
+    "model=llama3_8b model.rope_scaling.factor=0": "model.rope_scaling.factor=0.0 must be more than 0",
     "precision=fp8": "precision=fp8 is not one of fp32, bf16, bf16_mixed",
     "ring.layout=zigzak": "did you mean zigzag?",
     "seq_len=0": "seq_len=0 must be at least 1",
@@ -124,7 +130,15 @@ MISUNDERSTOOD = {  # words -> how the one sentence begins; nothing runs
     "sweep=quickstart": "sweep=quickstart is a sweep; python -m bench -m sweep=quickstart would do",
     "name=../../x": "name='../../x' is no name of a folder in runs/",
     "name=..": "name='..' is no name of a folder in runs/",
-    "cluster.mem_gb=3": "a key of a section that is null cannot be changed: choose the section first",
+    "cluster.mem_gb=3": "a key of a section that is null cannot be changed; cluster=h100,",
+    "cluster=null": "cluster=null is not one of none, a100,",
+    "cluster={name:x}": "cluster={'name': 'x'} is not one of none, a100,",
+    "-m model=tiny,null": "model=null is not one of hf,",
+    "model=1": "model=1 is not one of hf,",
+    "model.name=llama3_8b": "model.name=llama3_8b: model=... chooses it",
+    "=5": "'=5' ",
+    "seed": "'seed' is no key=value",
+    "seq_len=64 -m sweep=nope": "sweep=nope is not one of gate,",
 }
 
 
@@ -181,6 +195,30 @@ def test_a_run_id_is_of_what_is_not_as_by_default():
     ids = {run_id(replace(config, **change)) for change in ({}, {"seed": 1}, {"zero_stage": 3}, {"compile": True})}
     assert len(ids) == 4
     assert run_id(replace(config, name="other", rounds=5, rerun="all")) == run_id(config)
+
+
+def test_no_two_rows_have_one_name(tmp_path, monkeypatch):
+    """Refused ones too, and beside those that ran."""
+    monkeypatch.setattr(records, "RUNS", tmp_path)
+    differ = [
+        *("seq_len=63 optim.grad_clip=null", "seq_len=63", "seq_len=63 attention.kernel=math", "seq_len=63 mesh.dp=1"),
+        *("optim.lr=0.1", "optim.lr=0.10000000000000002", "mesh.dp=2", "mesh.dp=2 world_size=4 mesh.ring=1"),
+    ]
+    rows = app.run_all([job("strategy=ring", "mode=simulate", *words.split()) for words in differ])
+    assert len({row["run_id"] for row in rows}) == len(differ)
+    names = [(name, row["seq_len"]) for name, row in zip(labels(rows), rows, strict=True)]
+    assert len(set(names)) == len(differ), names
+    again = app.run_all([job("strategy=ring", "mode=simulate", "rerun=all", words) for words in ("optim.lr=0.1",)])
+    assert not any("rerun" in name for name in labels([*rows, *again]))
+
+
+def test_a_row_that_was_refused_goes_when_its_configuration_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "RUNS", tmp_path)
+    words = ["strategy=single", "world_size=1", f"data.path={tmp_path}/later.txt"]
+    assert app.run_one(job(*words))["status"] == "invalid"
+    (tmp_path / "later.txt").write_text("words " * 100)
+    assert app.run_one(job(*words))["status"] == "ok"
+    assert [row["status"] for row in records.load_all(tmp_path / "default")] == ["ok"]
 
 
 def test_a_sweep_of_an_older_version_goes_on(tmp_path, monkeypatch):

@@ -33,10 +33,11 @@ def run() -> None:
     compose.register()
     ConfigStore.instance().store(name="bench", node=HYDRA)
     words = [word for word in sys.argv[1:] if not word.startswith("-")]
-    multirun = any(word in ("-m", "--multirun") for word in sys.argv[1:])
+    flags = [word for word in sys.argv[1:] if word.startswith("-")]
     try:
-        if len(words) + multirun == len(sys.argv[1:]):  # else Hydra is asked about itself
-            compose.check_overrides(words, multirun)
+        if set(flags) <= {"-m", "--multirun"}:  # else Hydra is asked about itself
+            compose.check_overrides(words, multirun=bool(flags))
+            sys.argv[1:] = [*flags, *words]  # Hydra's parser takes no flag between words
         main()
     except compose.REFUSED as error:
         sys.exit(f"bench: {compose.sentence(error)}")

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import threading
 from collections.abc import Iterable, Mapping
@@ -21,14 +22,16 @@ Row = dict[str, Any]
 saving = threading.Lock()  # simulated configurations run several at a time
 
 
-def save(folder: Path, row: Row, comm: Iterable[Entry]) -> None:
-    """Write one configuration's record and its comm.csv, then the sweep's results.csv."""
+def save(folder: Path, row: Row, comm: Iterable[Entry], instead_of: Iterable[str] = ()) -> None:
+    """Write one configuration's record and its comm.csv, then the sweep's results.csv, without the rows it replaces."""
     target = folder / row["run_id"]
     lines = [{**asdict(entry), "sent_bytes": round(entry.sent_bytes)} for entry in comm]
     with saving:
         target.mkdir(parents=True, exist_ok=True)
         write_csv(target / "comm.csv", COMM_COLUMNS, lines)
         replace(target / "record.json", json.dumps(row, indent=2) + "\n")
+        for run_id in {*instead_of} - {row["run_id"]}:
+            shutil.rmtree(folder / run_id, ignore_errors=True)
         write_csv(folder / "results.csv", csv_columns(), load_all(folder))
 
 

@@ -40,6 +40,7 @@ def run(job: Job, rerun: str, launcher: Launcher, rounds: list[Round] | None = N
     started = time.time()
     where_from = {**records.provenance(), "command": job.command, "started_at": now()}
     comm: list[Entry] = []
+    replaced = []  # rows of the same under another id: of an older version, or refused before it could be resolved
     try:
         resolved = resolved_here(job.config)
     except Invalid as fault:
@@ -49,6 +50,7 @@ def run(job: Job, rerun: str, launcher: Launcher, rounds: list[Round] | None = N
         stored = records.find(folder, config)
         if stored and not rounds and stays(stored, rerun, config.rounds):
             return {**stored, "kept": True}
+        replaced = [run_id(job.config), *([stored["run_id"]] if stored else [])]
         row = {"run_id": run_id(config), "status": "", "reason": "", **described(config), "config": asdict(config)}
         outcome = launched(config, str((folder / row["run_id"]).resolve()), launcher, rounds)
         row |= {"status": outcome.status, "reason": outcome.reason}
@@ -61,7 +63,7 @@ def run(job: Job, rerun: str, launcher: Launcher, rounds: list[Round] | None = N
             row |= judged(row) or fit(config, row, launcher)
             comm = found.busiest.comm
     row |= {**where_from, "seconds": round(time.time() - started, 3)}
-    records.save(folder, row, comm)
+    records.save(folder, row, comm, replaced)
     return row
 
 
