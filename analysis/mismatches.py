@@ -51,7 +51,8 @@ def summed(lines: list[dict]) -> dict[str, int]:
 
 
 def as_csv(value: object) -> str:
-    return "" if value is None else str(value)
+    """What is no character is escaped there."""
+    return "" if value is None else str(value).encode(errors="backslashreplace").decode()
 
 
 def differing(these: Mapping, those: Mapping) -> list[str]:

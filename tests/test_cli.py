@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from analysis.mismatches import mismatches
+from analysis.reading import load
 from bench.app import records
 from bench.app import sweep as app
 from bench.app.row import resolved_here
@@ -158,6 +160,8 @@ def test_a_character_that_is_none_is_written_and_read(tmp_path):
         assert (result.returncode, result.stderr) == (1, "")
         assert "no such file or folder" in result.stdout
     assert len((tmp_path / "runs" / "default" / "results.csv").read_text().splitlines()) == 2
+    sweep = load(tmp_path / "runs" / "default")
+    assert list(mismatches(sweep)) == []
 
 
 def test_no_rounds_are_a_row_that_says_so(tmp_path, monkeypatch):

@@ -25,10 +25,8 @@ def implausible(row: dict[str, Any]) -> str | None:
 def inaccurate(row: dict[str, Any]) -> str | None:
     """What of attention alone is not what one process computes, beyond its precision."""
     wrong = [name for name, error in row["errors"].items() if not error < CLOSE[row["precision"]]]
-    if not wrong:
-        return None
-    worst = max(row["errors"].values())
-    return f"wrong: {', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} up to {worst:.0%} away from one process'"
+    verb, worst = "is" if len(wrong) == 1 else "are", max(row["errors"].values(), default=0)
+    return f"wrong: {', '.join(wrong)} {verb} up to {worst:.0%} away from one process'" if wrong else None
 
 
 @cache

@@ -38,7 +38,8 @@ def run(job: Job, rerun: str, launcher: Launcher, rounds: list[Round] | None = N
     rounds = rounds if rounds is not None else []
     folder = records.RUNS / job.config.name
     started = time.time()
-    where_from = {**records.provenance(), "command": job.command, "started_at": now()}
+    began = datetime.now(UTC).isoformat(timespec="milliseconds")
+    where_from = {**records.provenance(), "command": job.command, "started_at": began}
     comm: list[Entry] = []
     replaced = []  # rows of the same under another id: of an older version, or refused before it could be resolved
     try:
@@ -65,10 +66,6 @@ def run(job: Job, rerun: str, launcher: Launcher, rounds: list[Round] | None = N
     row |= {**where_from, "seconds": round(time.time() - started, 3)}
     records.save(folder, row, comm, replaced)
     return row
-
-
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def stays(row: Row, rerun: str, rounds: int) -> bool:

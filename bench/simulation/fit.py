@@ -10,11 +10,7 @@ from conf.meshes import rules
 
 def granule(config: Config) -> int:
     """The shortest sequence that the strategy can split over the mesh: longer ones are its multiples."""
-
-    def fits(seq_len: int) -> bool:
-        return all(rule.fits(rule.value) for rule in rules(replace(config, seq_len=seq_len)))
-
-    return next(seq_len for seq_len in count(1) if fits(seq_len))
+    return next(n for n in count(1) if all(rule.fits(rule.value) for rule in rules(replace(config, seq_len=n))))
 
 
 def longest(config: Config, capacity: int, peak_of: Callable[[int], int]) -> int:

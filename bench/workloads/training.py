@@ -105,7 +105,7 @@ class Training:
         self.update()
 
     def zero_grads(self) -> None:
-        torch._foreach_zero_([local(grad_of(parameter)) for parameter in self.model.parameters()])
+        torch._foreach_zero_([local(p.grad) for p in self.model.parameters() if p.grad is not None])
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """AdamW over plain tensors, this rank's shards: it is elementwise, and needs nothing from DTensor."""
@@ -125,7 +125,7 @@ class Training:
         moments = self.optimizer.state if self.optimizer else {}
         return {
             "params": [local(parameter).detach() for parameter in parameters],
-            "grads": [local(grad_of(parameter)) for parameter in parameters],
+            "grads": [local(parameter.grad) for parameter in parameters if parameter.grad is not None],
             "optimizer": [moment for state in moments.values() for moment in state.values()],
         }
 
@@ -135,9 +135,3 @@ class Training:
         if self.mesh.zero.size > 1:
             dist.all_reduce(shares, group=self.mesh.zero.group)
         return shares.tolist()
-
-
-def grad_of(parameter: torch.nn.Parameter) -> Tensor:
-    """Its gradient, which is there from the first backward on."""
-    assert parameter.grad is not None
-    return parameter.grad
