@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from conf import meshes
-from conf.groups import CHOSEN, HERE, OPEN, options
+from conf.groups import CHOSEN, HERE, OPEN, options, written
 from conf.keys import Config, keys
 from conf.words import Invalid, did_you_mean, one_of
 
@@ -50,21 +50,20 @@ def configuration(overrides: Sequence[str]) -> Config:
 def check_overrides(overrides: Sequence[str], multirun: bool = False) -> None:
     """What Hydra would take for something else, or answer at length."""
     for override in parsed(overrides):
-        name, written, values = override.key_or_group, override.input_line, values_of(override)
+        name, said, values = override.key_or_group, override.input_line, values_of(override)
         inside = [path for path in keys() if path.startswith(f"{name}.")]
-        groups = {path: group for group, path in {**CHOSEN, "cluster": "cluster.name"}.items()}
         if not name:
-            raise Invalid(f"{written!r} names no key")
+            raise Invalid(f"{said!r} names no key")
         if name in (*CHOSEN, *OPEN) and not (override.is_delete() or name == "sweep"):
             for value in values:
                 if not isinstance(value, (str, QuotedString)):
                     raise Invalid(one_of(name, "null" if value is None else value, options(name)))
-        elif name in groups:
-            raise Invalid(f"{written}: {groups[name]}=... chooses it, with all that belongs to it")
+        elif written(name) != name:
+            raise Invalid(f"{said}: {written(name)}=... chooses it, with all that belongs to it")
         elif inside and not all(isinstance(value, dict) for value in values):
-            raise Invalid(f"{written}: {name} holds {', '.join(inside)}; {inside[0]}=... would do")
+            raise Invalid(f"{said}: {name} holds {', '.join(inside)}; {inside[0]}=... would do")
         if not multirun and (override.is_sweep_override() or (name == "sweep" and override.value() is not None)):
-            raise Invalid(f"{written} is a sweep; python -m bench -m {shlex.join(overrides)} would do")
+            raise Invalid(f"{said} is a sweep; python -m bench -m {shlex.join(overrides)} would do")
 
 
 def parsed(overrides: Sequence[str]) -> list[Override]:

@@ -23,8 +23,4 @@ def around(value: int, fits: Callable[[int], bool]) -> str:
     """The nearest smaller and larger values that fit, where there are any within reach."""
     below = next((v for v in range(value - 1, 0, -1) if fits(v)), None)
     above = next((v for v in range(value + 1, 2 * value + 4096) if fits(v)), None)
-    return either(below, above)
-
-
-def either(*values: object) -> str:
-    return " or ".join(str(v) for v in values if v is not None) or "nothing near"
+    return " or ".join(str(v) for v in (below, above) if v is not None) or "nothing near"

@@ -40,17 +40,31 @@ def find(folder: Path, config: Config) -> Row | None:
     wanted = run_id(config)
     if (row := load(folder, wanted)) is not None:
         return row
-    rows = [row for row in load_all(folder) if "config" in row]
-    return next((row for row in rows if run_id(Config.of(row["config"])) == wanted), None)
+    found = (read(file.resolve(), file.stat().st_mtime_ns) for file in folder.glob("*/record.json"))
+    return next((record[0] for record in found if record and record[1] == wanted), None)
 
 
 def load(folder: Path, run_id: str) -> Row | None:
     """A record that was written whole, or None. What it does not say of its configuration was as by default."""
+    file = folder / run_id / "record.json"
     try:
-        row = json.loads((folder / run_id / "record.json").read_text())
+        record = read(file.resolve(), file.stat().st_mtime_ns)
+    except OSError:
+        return None
+    return record[0] if record else None
+
+
+@cache
+def read(file: Path, written_at: int) -> tuple[Row, str] | None:
+    """A record and the run_id that its configuration has today; once, for a sweep asks again with every row."""
+    try:
+        row = json.loads(file.read_text())
     except (OSError, ValueError):
         return None
-    return {**described(Config.of(row["config"])), **row} if "config" in row else row
+    if "config" not in row:
+        return row, row.get("run_id", "")
+    config = Config.of(row["config"])
+    return {**described(config), **row}, run_id(config)
 
 
 def load_all(folder: Path) -> list[Row]:

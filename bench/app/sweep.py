@@ -23,7 +23,7 @@ from conf.measurement import Round
 def run_one(job: Job) -> Row:
     """A single run always measures."""
     start_server()
-    row = run(job, "all", watched("", job, []))
+    row = run(job, "all", watched("", []))
     if row["status"] == "ok":
         print_table([row], job.config.name)
     else:
@@ -49,7 +49,7 @@ def run_all(jobs: list[Job]) -> list[Row]:
     return rows
 
 
-def watched(place: str, job: Job, among: list[Key]) -> Launcher:
+def watched(place: str, among: list[Key]) -> Launcher:
     """A launcher that says what it launches."""
 
     def launcher(task: Task, special: str) -> Outcome:
@@ -110,7 +110,7 @@ def run_each(jobs: list[Job]) -> Iterator[tuple[int, Row]]:
         left = f", about {sum(spent) / len(spent) * (len(turns) - n):.0f} s left" if spent else ""
         place = f"[{n + 1}/{len(turns)}{left}] "
         started = time.monotonic()
-        row = run(job, job.config.rerun, watched(place, job, among), measured[i])
+        row = run(job, job.config.rerun, watched(place, among), measured[i])
         launched = row["status"] != "invalid" and not row.get("kept")
         if launched:
             spent.append(time.monotonic() - started)
