@@ -158,6 +158,25 @@ class ClusterConfig:
 
 
 @dataclass
+class LaunchConfig:
+    """Where ranks run: on this machine, or on every host that runs the same command."""
+
+    name: str = key(
+        "local",
+        "local: on this machine | torchrun: on every host on which torchrun runs the same command",
+        choices=("local", "torchrun"),
+        column="launch",
+        identity=False,
+    )
+    ranks_per_host: int | None = key(
+        None, "ranks that share a host, in their order; null = all, and under torchrun an equal share", least=1
+    )
+    interface: str | None = key(
+        None, "network interface of ranks on several hosts; null = the one that leads to the first", identity=False
+    )
+
+
+@dataclass
 class Config:
     """Everything that one configuration is."""
 
@@ -219,6 +238,7 @@ class Config:
         1, "a sweep measures all its configurations so many times in turn: pairs", least=1, identity=False
     )
     timeout_s: float = key(600.0, "for the whole configuration", above=0)
+    launch: LaunchConfig = section(LaunchConfig, "where ranks run")
     save_path: str | None = key(None, "a folder for the trained weights, in Hugging Face's format")
     name: str = key("default", "results go to runs/<name>/", identity=False)
     rerun: str = key(
