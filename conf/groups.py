@@ -6,7 +6,8 @@ from conf import meshes
 from conf.keys import keys
 
 HERE = Path(__file__).parent
-CHOSEN = {"strategy": "strategy.name", "model": "model.name", "data": "data.name", "launch": "launch.name"}  # group -> the key that it sets
+# group -> the key that it sets
+CHOSEN = {"strategy": "strategy.name", "model": "model.name", "data": "data.name", "launch": "launch.name"}
 OPEN = ("cluster", "sweep")  # groups of which none need be chosen
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from analysis.accounts import predicted, step_bytes
-from bench.ranks.launch import unlike_ranks
+from bench.ranks.unlike import unlike_ranks
 from conf.keys import Config
 from tests import instruments
 from tests.cases import CASES, HEADS, Case, config_of

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench.instruments.observe import Observed
-from bench.ranks.launch import unlike_ranks
+from bench.ranks.unlike import unlike_ranks
 from bench.simulation.simulate import simulate
 from tests import instruments
 from tests.cases import Case, cases, config_of

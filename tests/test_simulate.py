@@ -10,8 +10,7 @@ from bench.app import records
 from bench.app import sweep as app
 from bench.app.row import run
 from bench.instruments.observe import Observed
-from bench.ranks.launch import Outcome
-from bench.ranks.task import Task
+from bench.ranks.task import Outcome, Task
 from bench.simulation import simulate
 from bench.simulation.fit import granule, longest
 from conf.keys import Config

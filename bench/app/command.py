@@ -8,7 +8,9 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from bench.app.interrupts import heed, leave
 from bench.app.job import Job
+from bench.ranks.task import HostLost
 from conf import compose
 
 HYDRA: dict[str, Any] = {
@@ -30,6 +32,7 @@ HYDRA: dict[str, Any] = {
 
 def run() -> None:
     """Run what the command line says. Ends the process with 1 where nothing ended well."""
+    heed()
     compose.register()
     ConfigStore.instance().store(name="bench", node=HYDRA)
     words = [word for word in sys.argv[1:] if not word.startswith("-")]
@@ -41,8 +44,11 @@ def run() -> None:
         main()
     except compose.REFUSED as error:
         sys.exit(f"bench: {compose.sentence(error)}")
-    except KeyboardInterrupt:  # before the first configuration runs; later ones have their own answer
-        sys.exit(130)
+    except HostLost as lost:
+        sys.exit(f"bench: {lost}")
+    except KeyboardInterrupt as error:  # a sweep says more
+        print("interrupted", file=sys.stderr)
+        leave(error)
 
 
 @hydra.main(version_base="1.3", config_path=str(compose.HERE), config_name="bench")

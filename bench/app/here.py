@@ -19,8 +19,19 @@ def check(resolved: Resolved) -> None:
         check_checkpoint(resolved)
     if config.workload == "step" and config.mode != "simulate":
         data.check(config)
+    if config.launch.name == "torchrun" and config.mode == "real":
+        fill_hosts(config)
     check_device(config)
     pick_kernel(config)
+
+
+def fill_hosts(config: Config) -> None:
+    """How many ranks each host that torchrun has started has."""
+    from bench.ranks.hosts import of_torchrun, ranks_per_host
+
+    _, hosts = of_torchrun()
+    each = ranks_per_host(config, hosts)
+    config.launch.ranks_per_host = each if hosts > 1 else None
 
 
 def check_package(config: Config) -> None:

@@ -10,8 +10,7 @@ from analysis.accounts import step_bytes
 from bench.app import here, judge, records
 from bench.app.job import Job
 from bench.app.records import Row
-from bench.ranks.launch import Outcome
-from bench.ranks.task import Task
+from bench.ranks.task import Outcome, Task
 from bench.simulation.fit import longest
 from conf.columns import described, measured
 from conf.keys import Config, run_id

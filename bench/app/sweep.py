@@ -8,12 +8,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 
 from bench.app import records
+from bench.app.interrupts import leave
 from bench.app.job import Job
+from bench.app.launchers import Launch, launching
 from bench.app.records import Row
 from bench.app.row import Launcher, run
 from bench.app.terminal import console, in_sight, in_silence, outcome_line, print_table, say
-from bench.ranks.launch import Outcome, start_server
-from bench.ranks.task import Task
+from bench.ranks.task import HostLost, Outcome, Task
 from conf.columns import described
 from conf.keys import Key, run_id
 from conf.labels import swept_by, title
@@ -22,8 +23,8 @@ from conf.measurement import Round
 
 def run_one(job: Job) -> Row:
     """A single run always measures."""
-    start_server()
-    row = run(job, "all", watched("", []))
+    with launching(job.config) as launch:
+        row = run(job, "all", watched(launch, "", []))
     if row["status"] == "ok":
         print_table([row], job.config.name)
     else:
@@ -36,25 +37,27 @@ def run_all(jobs: list[Job]) -> list[Row]:
     done: dict[int, Row] = {}
     name = jobs[0].config.name
     try:
-        start_server()
-        simulated = all(job.config.mode == "simulate" for job in jobs)
-        for i, row in (simulate_each if simulated else run_each)(jobs):
-            done[i] = row
-    except KeyboardInterrupt:
-        console.print(f"interrupted: {len(done)} of {len(jobs)} rows are in {records.RUNS / name}; ", end="")
-        console.print("the same command again goes on from there")
-        sys.exit(130)
+        with launching(jobs[0].config) as launch:
+            simulated = all(job.config.mode == "simulate" for job in jobs)
+            for i, row in (simulate_each if simulated else run_each)(jobs, launch):
+                done[i] = row
+    except (KeyboardInterrupt, HostLost) as error:
+        there = f"{len(done)} of {len(jobs)} rows are in {records.RUNS / name}"
+        console.print(f"{str(error) or 'interrupted'}: {there}; the same command again goes on from there")
+        if isinstance(error, HostLost):
+            sys.exit(1)
+        leave(error)
     rows = [done[i] for i in sorted(done)]
     print_table(rows, name)
     return rows
 
 
-def watched(place: str, among: list[Key]) -> Launcher:
+def watched(launch: Launch, place: str, among: list[Key]) -> Launcher:
     """A launcher that says what it launches."""
 
     def launcher(task: Task, special: str) -> Outcome:
         what = title(described(task.config), among)
-        return in_sight(task, f"{place}{what}{f' · {special}' if special else ''}")
+        return in_sight(launch, task, f"{place}{what}{f' · {special}' if special else ''}")
 
     return launcher
 
@@ -66,20 +69,21 @@ class Families:
     first alone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
         self.foretold: set[str] = set()
 
     def __call__(self, task: Task, special: str) -> Outcome:
         family = run_id(replace(task.config, seq_len=1, batch_size=1))
-        outcome = in_silence(replace(task, known=family in self.foretold), special)
+        outcome = in_silence(self.launch, replace(task, known=family in self.foretold))
         if outcome.status == "ok" and all(rank.foretold for rank in outcome.ranks):
             self.foretold.add(family)
         return outcome
 
 
-def simulate_each(jobs: list[Job]) -> Iterator[tuple[int, Row]]:
+def simulate_each(jobs: list[Job], launch: Launch) -> Iterator[tuple[int, Row]]:
     """Simulated ranks need no quiet machine: as many jobs at a time as there are cores."""
-    started, launcher = time.monotonic(), Families()
+    started, launcher = time.monotonic(), Families(launch)
     among = swept_by([job.config for job in jobs])
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         waiting = {pool.submit(run, job, job.config.rerun, launcher): i for i, job in enumerate(jobs)}
@@ -93,7 +97,7 @@ def simulate_each(jobs: list[Job]) -> Iterator[tuple[int, Row]]:
             pool.shutdown(cancel_futures=True)
 
 
-def run_each(jobs: list[Job]) -> Iterator[tuple[int, Row]]:
+def run_each(jobs: list[Job], launch: Launch) -> Iterator[tuple[int, Row]]:
     """The number of a job and its row, as they are done; a line for each run: which, how many are left, how long.
 
     With rounds, every job runs once before any runs again, so that all meet the same good and bad moments.
@@ -110,7 +114,7 @@ def run_each(jobs: list[Job]) -> Iterator[tuple[int, Row]]:
         left = f", about {sum(spent) / len(spent) * (len(turns) - n):.0f} s left" if spent else ""
         place = f"[{n + 1}/{len(turns)}{left}] "
         started = time.monotonic()
-        row = run(job, job.config.rerun, watched(place, among), measured[i])
+        row = run(job, job.config.rerun, watched(launch, place, among), measured[i])
         launched = row["status"] != "invalid" and not row.get("kept")
         if launched:
             spent.append(time.monotonic() - started)

@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.app import records
+from bench.app.launchers import Launch
 from bench.app.records import Row
 from bench.app.row import gib
-from bench.ranks.launch import Outcome, launch
-from bench.ranks.task import Task
+from bench.ranks.task import Outcome, Task
 from conf.columns import MEASURED
 from conf.groups import written
 from conf.keys import Key
@@ -20,15 +20,15 @@ from conf.labels import swept, text, title, where
 console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True, highlight=False, markup=False)
 
 
-def in_silence(task: Task, what: str) -> Outcome:
+def in_silence(launch: Launch, task: Task) -> Outcome:
     return launch(task, lambda text: None)
 
 
-def in_sight(task: Task, what: str) -> Outcome:
+def in_sight(launch: Launch, task: Task, what: str) -> Outcome:
     """Say meanwhile what runs; on a terminal in a line that also says how far it is, and goes."""
     if not console.is_terminal:
         console.print(what)
-        return in_silence(task, what)
+        return in_silence(launch, task)
     with console.status(what) as status:
         return launch(task, lambda text: status.update(f"{what} · {text}"))
 

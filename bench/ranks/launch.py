@@ -1,224 +1,229 @@
-"""Start the ranks of one configuration, wait for them, and see that none is left behind.
+"""Start the ranks of one configuration on this machine, wait for them, and see that none is left behind.
 
 Ranks are forked from a server that has torch and this project imported already, so a configuration starts in
 milliseconds; they are fresh processes all the same, so nothing of one configuration reaches the next.
 """
 
-import math
 import multiprocessing as mp
 import os
-import re
-import signal
+import socket
+import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
+from types import TracebackType
 
-from bench.ranks.task import Failure, Task
-from conf.keys import Config
+from bench.ranks import ends
+from bench.ranks.scratch import scratch
+from bench.ranks.task import Failure, Meeting, Outcome, Ready, Task
+from bench.ranks.unlike import turns
 from conf.measurement import Rank
 
 GRACE_S = 1.0  # between the first sign of a failure and the verdict: time for the rank that began it to be heard
+START_S = 300.0  # for a process to run at all, on the busiest of machines
+LISTEN_S = 0.2  # between two looks at what is not a rank of ours
+
+Progress = Callable[[str], None]
+interrupted = threading.Event()  # the sweep is to end: no rank is waited for any more
 
 
-@dataclass
-class Outcome:
-    """How a configuration ended: status ok, oom, timeout or error; the measurements of every rank if ok."""
-
-    status: str
-    reason: str
-    ranks: list[Rank]
-    traceback: str = ""
-    seconds: float | None = None
-
-
-def rank_main(rank: int, task: Task, folder: str, pipe: Connection) -> None:
-    """The process of one rank; torch is imported there, not here."""
-    from bench.ranks import worker
-
-    worker.serve(rank, task, folder, pipe)
+class Interrupted(KeyboardInterrupt):
+    """The process was asked to end, by a signal."""
 
 
 def start_server() -> None:
     """Start the server that ranks are forked from, if it is not up; it imports torch while the parent goes on."""
+    scratch()
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # not a pool of processes for every rank
     mp.set_forkserver_preload(["bench.ranks.worker"])
     forkserver.ensure_running()
 
 
-def launch(task: Task, progress: Callable[[str], None]) -> Outcome:
-    """Run a resolved configuration on its ranks. Always returns, with no process left behind."""
+def loopback() -> str:
+    """The network interface that only this machine reaches."""
+    return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "lo")
+
+
+@dataclass
+class Clock:
+    """Counts the time in which ranks run, not that in which they start."""
+
+    limit_s: float
+    spent_s: float = 0.0
+    since: float | None = None
+
+    def start(self) -> None:
+        self.since = self.since or time.monotonic()
+
+    def stop(self) -> None:
+        self.spent_s, self.since = self.so_far, None
+
+    @property
+    def so_far(self) -> float:
+        return self.spent_s + (time.monotonic() - self.since if self.since else 0)
+
+    @property
+    def left_s(self) -> float:
+        return self.limit_s - self.so_far
+
+
+def launch(task: Task, progress: Progress) -> Outcome:
+    """Run a resolved configuration on its ranks, all on this machine. Always returns, with no process left behind."""
     start_server()
-    started = time.monotonic()
-    deadline = started + task.config.timeout_s
+    clock = Clock(task.config.timeout_s)
     measured: list[Rank] = []
     for ranks in turns(task.config):
-        outcome = run_ranks(ranks, task, deadline, progress)
+        with tempfile.TemporaryDirectory(dir=scratch()) as folder:
+            meeting = Meeting(loopback(), file=os.path.join(folder, "rendezvous"))
+            outcome = run_ranks(ranks, task, meeting, folder, clock, progress)
         if outcome.status != "ok":
             return outcome
         measured += outcome.ranks
-    return Outcome("ok", "", measured, seconds=round(time.monotonic() - started, 3))
+    return Outcome("ok", "", measured, seconds=round(clock.so_far, 3))
 
 
-def turns(config: Config) -> list[list[int]]:
-    """The ranks that run, those together that run at the same time.
-
-    Real ones need each other. An emulated rank has the device to itself. Of emulated and simulated ranks, only those
-    that may differ in what they do or hold run at all.
-    """
-    if config.mode == "real":
-        return [list(range(config.world_size))]
-    ranks = unlike_ranks(config)
-    return [ranks] if config.mode == "simulate" else [[rank] for rank in ranks]
-
-
-def unlike_ranks(config: Config) -> list[int]:
-    """The ranks among which is the one that does most, the one that holds most, and the one that sends most.
-
-    The last rank of a ring sees most of the visiting keys, and the last of an uneven division has the largest part
-    (Axis.span); but where ZeRO's shards are uneven, it is the first that has it.
-    """
-    mesh, model = vars(config.mesh), config.model
-    last = {
-        "dp": config.batch_size > mesh["dp"] and config.batch_size % mesh["dp"] > 0,
-        "ring": True,
-        "ulysses": False,
-        "tp": any(size % mesh["tp"] for size in (model.vocab_size, model.ffn_dim)),
-    }
-    inner = ["ring", "ulysses"] if config.placement == "ulysses_inner" else ["ulysses", "ring"]
-    rank = 0
-    for axis in ("dp", *inner, "tp"):  # slowest first, as in strategies/ops/mesh.py
-        rank = rank * mesh[axis] + (mesh[axis] - 1 if last[axis] else 0)
-    rows = {model.dim, model.vocab_size, model.ffn_dim}
-    rows |= {n_heads * (model.head_dim or 1) for n_heads in (model.n_heads, model.n_kv_heads)}
-    uneven_zero = any(size % math.prod(mesh.values()) for size in rows)
-    return sorted({0, rank}) if uneven_zero else [rank]
-
-
-def run_ranks(ranks: list[int], task: Task, deadline: float, progress: Callable[[str], None]) -> Outcome:
-    """A process for each of the ranks, all at once."""
-    context = mp.get_context("forkserver")
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        pipes, processes = {}, {}
-        oom_kills = kernel_oom_kills()
+def run_ranks(
+    ranks: Sequence[int],
+    task: Task,
+    meeting: Meeting,
+    folder: str,
+    clock: Clock,
+    progress: Progress,
+    elsewhere: Callable[["Ranks"], Outcome | None] = lambda ranks: None,
+) -> Outcome:
+    """A process for each of the ranks, all at once. elsewhere: is it over, for a reason that is not theirs?"""
+    with Ranks(ranks, task, meeting, folder, progress) as started:
+        begun = time.monotonic()
         try:
-            for rank in ranks:
+            while (outcome := started.outcome()) is None and (outcome := elsewhere(started)) is None:
+                if interrupted.is_set():
+                    raise Interrupted
+                if not started.starting:
+                    clock.start()
+                if clock.left_s <= 0:
+                    outcome = Outcome("timeout", f"timeout_s={clock.limit_s:g} is over; {started.where()}", [])
+                    break
+                if started.starting and time.monotonic() - begun > START_S:
+                    outcome = Outcome("timeout", f"after {START_S:g} s {started.where()}", [])
+                    break
+                started.listen(min(LISTEN_S, clock.left_s))
+        finally:
+            clock.stop()
+        return outcome
+
+
+class Ranks:
+    """The processes of some ranks of a configuration, from their start to their end."""
+
+    def __init__(self, ranks: Sequence[int], task: Task, meeting: Meeting, folder: str, progress: Progress) -> None:
+        self.ranks, self.task, self.meeting, self.folder, self.progress = ranks, task, meeting, folder, progress
+        self.processes: dict[int, BaseProcess] = {}
+        self.pipes: dict[int, Connection] = {}
+        self.silent: dict[int, Connection] = {}  # of ranks that have not sent their last message
+        self.starting = set(ranks)
+        self.measured: dict[int, Rank] = {}
+        self.failed: dict[int, Failure] = {}
+        self.failed_at = 0.0
+        self.oom_kills = ends.oom_kills()
+
+    def __enter__(self) -> "Ranks":
+        context = mp.get_context("forkserver")
+        try:
+            for rank in self.ranks:
                 ours, theirs = context.Pipe()
-                process = context.Process(target=rank_main, args=(rank, task, folder, theirs), daemon=True)
+                self.pipes[rank] = self.silent[rank] = ours
+                arguments = (rank, self.task, self.meeting, self.folder, theirs)
+                process = context.Process(target=rank_main, args=arguments, daemon=True)
                 process.start()
                 theirs.close()
-                pipes[rank] = ours
-                processes[rank] = process
-            return watch(pipes, processes, task.config.timeout_s, deadline, folder, oom_kills, progress)
-        finally:
-            for process in processes.values():
-                process.kill()
-            for process in processes.values():
-                process.join()
-            for pipe in pipes.values():
-                pipe.close()
+                self.processes[rank] = process
+        except BaseException:
+            self.end()
+            raise
+        return self
 
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.end()
 
-def watch(
-    pipes: dict[int, Connection],
-    processes: Mapping[int, BaseProcess],
-    timeout_s: float,
-    deadline: float,
-    folder: str,
-    oom_kills: int,
-    progress: Callable[[str], None],
-) -> Outcome:
-    """Listen until every rank has measured, one has failed, or the time is up."""
-    measured: dict[int, Rank] = {}
-    failed: dict[int, Failure] = {}
-    silent = dict(pipes)  # ranks that have not sent their last message
-    verdict_at = None
-    while silent:
-        until = deadline if verdict_at is None else min(deadline, verdict_at)
-        ready = wait(list(silent.values()), timeout=max(0, until - time.monotonic()))
-        for rank, pipe in list(silent.items()):
-            if pipe not in ready:
-                continue
-            try:
-                content = pipe.recv()
-            except (EOFError, OSError):  # it died without a word
-                processes[rank].join(1)
-                failed[rank] = last_words(processes[rank].exitcode, oom_kills)
-                del silent[rank]
-                continue
-            if isinstance(content, str):
-                if rank == min(pipes):
-                    progress(content)
-                continue
-            if isinstance(content, Failure):
-                failed[rank] = content
+    def end(self) -> None:
+        for process in self.processes.values():
+            process.kill()
+        for process in self.processes.values():
+            process.join()
+        for pipe in self.pipes.values():
+            pipe.close()
+
+    def listen(self, seconds: float) -> None:
+        """Take what ranks say within so many seconds."""
+        ready = wait(list(self.silent.values()), timeout=max(0, seconds))
+        for rank, pipe in list(self.silent.items()):
+            if pipe in ready:
+                self.take(rank, pipe)
+
+    def take(self, rank: int, pipe: Connection) -> None:
+        try:
+            said = pipe.recv()
+        except (EOFError, OSError):  # it died without a word
+            said = self.died(rank)
+        if isinstance(said, Ready):
+            self.starting.discard(rank)
+        elif isinstance(said, str):
+            if rank == min(self.ranks):
+                self.progress(said)
+        else:
+            del self.silent[rank]
+            self.starting.discard(rank)
+            if isinstance(said, Failure):
+                self.failed[rank] = said
+                self.failed_at = self.failed_at or time.monotonic()
             else:
-                measured[rank] = content
-            del silent[rank]
-        if failed and verdict_at is None:
-            verdict_at = time.monotonic() + GRACE_S
-        if verdict_at is not None and (time.monotonic() >= verdict_at or began(failed) is not None):
-            return verdict(failed)
-        if time.monotonic() >= deadline:
-            return Outcome("timeout", f"timeout_s={timeout_s:g} is over; {where_ranks_are(processes, folder)}", [])
-    return verdict(failed) if failed else Outcome("ok", "", [measured[rank] for rank in sorted(measured)])
+                self.measured[rank] = said
+
+    def died(self, rank: int) -> Failure:
+        process = self.processes[rank]
+        process.join(5)
+        words = ends.read(ends.words_file(self.folder, rank))
+        return ends.last_words(process.exitcode, words, ends.oom_kills() > self.oom_kills)
+
+    def outcome(self) -> Outcome | None:
+        """How it ended; None as long as it has not, or the rank that began a failure may still be heard."""
+        if self.failed:
+            return self.verdict() if self.is_certain() else None
+        if self.silent:
+            return None
+        self.pass_on()
+        return Outcome("ok", "", [self.measured[rank] for rank in sorted(self.measured)])
+
+    def is_certain(self) -> bool:
+        begun_by_one = any(not failure.echo for failure in self.failed.values())
+        return begun_by_one or not self.silent or time.monotonic() - self.failed_at > GRACE_S
+
+    def verdict(self) -> Outcome:
+        """What the rank says whose failure is not the echo of another's."""
+        first = next((rank for rank, failure in self.failed.items() if not failure.echo), next(iter(self.failed)))
+        failure = self.failed[first]
+        status = "oom" if failure.oom else "error"
+        return Outcome(status, f"rank {first}: {failure.message}", [], failure.traceback, echo=failure.echo)
+
+    def where(self) -> str:
+        """Which line of a strategy, and which collective, each rank is in."""
+        pids = {rank: process.pid for rank, process in self.processes.items() if process.pid is not None}
+        return ends.where_ranks_are(pids, self.starting, self.folder)
+
+    def pass_on(self) -> None:
+        """What the ranks have written to stderr."""
+        for rank in self.ranks:
+            if words := ends.read(ends.words_file(self.folder, rank)).strip():
+                print(f"rank {rank}: {words}", file=sys.stderr)
 
 
-def began(failed: dict[int, Failure]) -> int | None:
-    """The rank whose failure is not the echo of another's."""
-    return next((rank for rank, failure in failed.items() if not failure.echo), None)
+def rank_main(rank: int, task: Task, meeting: Meeting, folder: str, pipe: Connection) -> None:
+    """The process of one rank; torch is imported there, not here."""
+    from bench.ranks import worker
 
-
-def verdict(failed: dict[int, Failure]) -> Outcome:
-    rank = began(failed)
-    if rank is None:
-        rank = next(iter(failed))
-    failure = failed[rank]
-    return Outcome("oom" if failure.oom else "error", f"rank {rank}: {failure.message}", [], failure.traceback)
-
-
-def last_words(exitcode: int | None, oom_kills: int) -> Failure:
-    """What is to be said of a rank that could not say it."""
-    if exitcode == -signal.SIGKILL and kernel_oom_kills() > oom_kills:
-        return Failure("killed by the kernel, which was out of memory", oom=True)
-    if exitcode is not None and exitcode < 0:
-        return Failure(f"the process was killed by {signal.Signals(-exitcode).name}")
-    return Failure(f"the process ended with exit code {exitcode} and no message")
-
-
-def kernel_oom_kills() -> int:
-    """How many processes the kernel has killed for want of memory since it booted."""
-    try:
-        with open("/proc/vmstat") as counters:
-            return next(int(line.split()[1]) for line in counters if line.startswith("oom_kill "))
-    except (OSError, StopIteration):
-        return 0
-
-
-def where_ranks_are(processes: Mapping[int, BaseProcess], folder: str) -> str:
-    """Ask every rank for its stack, and say which strategy line and which collective each is in."""
-    for process in processes.values():
-        if process.is_alive() and process.pid is not None:
-            os.kill(process.pid, signal.SIGUSR1)
-    time.sleep(0.3)
-    places = []
-    for rank, process in processes.items():
-        if not process.is_alive():
-            places.append(f"rank {rank} has ended")
-            continue
-        stack = Path(folder, f"stack{rank}")
-        frames = stack.read_text() if stack.exists() else ""
-        places.append(f"rank {rank} is in {place(frames)}" if frames else f"rank {rank} is starting")
-    return ", ".join(places)
-
-
-def place(stack: str) -> str:
-    """The innermost call into torch.distributed and the innermost line of a strategy, of a stack innermost first."""
-    frames = re.findall(r'File "(.+?)", line (\d+) in (\S+)', stack)
-    call = next((name for file, _, name in reversed(frames) if "distributed_c10d" in file), frames[0][2])
-    line = next((f"{f[f.rindex('strategies/') :]}:{n}" for f, n, _ in frames if "/strategies/" in f), None)
-    return f"{call} ({line})" if line else f"{call} ({os.path.basename(frames[0][0])}:{frames[0][1]})"
+    worker.serve(rank, task, meeting, folder, pipe)

@@ -2,7 +2,9 @@
 
 import faulthandler
 import os
+import resource
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable
@@ -21,7 +23,8 @@ from bench.instruments.memory import MemoryLog
 from bench.instruments.observe import Observed, observe
 from bench.instruments.timing import Stopwatch
 from bench.instruments.trace import trace
-from bench.ranks.task import Failure, Task
+from bench.ranks import ends
+from bench.ranks.task import Failure, Meeting, Ready, Task
 from bench.simulation.emulated import stand_for
 from bench.simulation.simulate import simulate
 from bench.workloads.attention import AttentionAlone
@@ -33,17 +36,21 @@ from models import checkpoint
 from strategies.ops.weights import whole_parameters
 
 
-def serve(rank: int, task: Task, folder: str, pipe: Connection) -> None:
-    """The process of one rank. Sends texts about its progress, and in the end a Rank or a Failure.
+def serve(rank: int, task: Task, meeting: Meeting, folder: str, pipe: Connection) -> None:
+    """The process of one rank. Sends that it is ready, texts about its progress, and in the end a Rank or a Failure.
 
-    folder holds the rendezvous file, and where a rank writes its stack when the parent asks (SIGUSR1).
+    folder is where it writes its stack when the parent asks (SIGUSR1), and its last words.
     """
     os.setpgrp()  # Ctrl-C is the parent's to handle
-    stacks = open(os.path.join(folder, f"stack{rank}"), "w")  # noqa: SIM115 (open as long as the process)
+    words = open(ends.words_file(folder, rank), "w")  # noqa: SIM115 (open as long as the process)
+    os.dup2(words.fileno(), sys.stderr.fileno())
+    faulthandler.enable()
+    stacks = open(ends.stack_file(folder, rank), "w")  # noqa: SIM115
     faulthandler.register(signal.SIGUSR1, stacks, all_threads=False)
     threading.Thread(target=die_with_parent, args=(pipe,), daemon=True).start()
     try:
-        measured = run(rank, task, folder, pipe.send)
+        pipe.send(Ready())
+        measured = run(rank, task, meeting, pipe.send)
         util._exit_function()  # type: ignore[attr-defined]  # or locks that libraries have made are reported as leaked
         pipe.send(measured)
     except BaseException as error:
@@ -61,16 +68,26 @@ def die_with_parent(pipe: Connection) -> None:
 def describe(error: BaseException) -> Failure:
     """What happened, whether memory was short, and whether it is but the echo of another rank's end."""
     message = " ".join(str(error).split()) or type(error).__name__
-    out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in message
-    echo = any(words in message for words in ("onnection closed by peer", "onnection reset by peer", "Broken pipe"))
+    out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or short_of_memory(message)
+    echo = any(words in message for words in ECHOES)
     said = "".join(traceback.format_exception(error))
     return Failure(f"{type(error).__name__}: {message}", out_of_memory, echo, said)
 
 
-def run(rank: int, task: Task, folder: str, progress: Callable[[str], None]) -> Rank:
+ECHOES = ("onnection closed by peer", "onnection reset by peer", "Broken pipe")
+
+
+def short_of_memory(message: str) -> bool:
+    """Under a limit of the address space a thread that cannot start has found no room for its stack."""
+    limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    no_room = limited and any(words in message for words in ("start new thread", "Resource temporarily unavailable"))
+    return no_room or any(words in message for words in ends.SHORT_OF_MEMORY)
+
+
+def run(rank: int, task: Task, meeting: Meeting, progress: Callable[[str], None]) -> Rank:
     """One rank's measurements of a configuration in its mode."""
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // task.processes))
-    join(rank, task, folder)
+    join(rank, task, meeting)
     if task.config.mode == "simulate":
         observed, foretold = simulate(task.config, progress, task.known)
         cluster = task.config.cluster
@@ -78,25 +95,33 @@ def run(rank: int, task: Task, folder: str, progress: Callable[[str], None]) -> 
     return run_steps(task, progress)
 
 
-def join(rank: int, task: Task, folder: str) -> None:
+def join(rank: int, task: Task, meeting: Meeting) -> None:
     """Become rank `rank`: of a group of processes, or of one that is made up."""
     config = task.config
     world_size, device = config.world_size, config.device
     if device == "cuda" and config.mode != "simulate":
-        torch.cuda.set_device(rank % torch.cuda.device_count())
+        torch.cuda.set_device(rank % task.processes % torch.cuda.device_count())
     if world_size == 1:
         return
     if config.mode != "real" or task.silent:
         stand_for(rank, world_size, device)
         return
+    for library in ("GLOO", "NCCL"):
+        os.environ[f"{library}_SOCKET_IFNAME"] = meeting.interface
     dist.init_process_group(
         BACKENDS[device],
-        init_method=f"file://{folder}/rendezvous",
+        store=store_of(meeting, world_size),
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=config.timeout_s + 60),  # the parent's limit comes first
         device_id=torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else None,
     )
+
+
+def store_of(meeting: Meeting, world_size: int) -> dist.Store:
+    if meeting.file:
+        return dist.FileStore(meeting.file, world_size)
+    return dist.PrefixStore(meeting.prefix, dist.TCPStore(*meeting.store, is_master=False))
 
 
 def run_steps(task: Task, progress: Callable[[str], None]) -> Rank:

@@ -1,0 +1,116 @@
+"""How a rank ended that could not say it, and where one is that does not end."""
+
+import contextlib
+import os
+import re
+import signal
+import time
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+
+from bench.ranks.task import Failure
+
+ANSWER_S = 5.0  # for a stack, of a rank that is asked for it
+SHORT_OF_MEMORY = ("bad_alloc", "can't allocate memory", "annot allocate memory", "not enough memory")
+
+
+def stack_file(folder: str, rank: int) -> Path:
+    """Where a rank writes its stack when it is asked."""
+    return Path(folder, f"stack{rank}")
+
+
+def words_file(folder: str, rank: int) -> Path:
+    """Where a rank's stderr goes, and its stack when it dies of a signal that can be caught."""
+    return Path(folder, f"words{rank}")
+
+
+def read(file: Path) -> str:
+    try:
+        return file.read_text(errors="backslashreplace")
+    except OSError:
+        return ""
+
+
+def last_words(exitcode: int | None, words: str, killed_for_memory: bool) -> Failure:
+    """What is to be said of a rank that could not say it."""
+    before, _, stack = words.partition("Fatal Python error")
+    said = " ".join(before.split())[-300:]
+    if exitcode == -signal.SIGKILL and killed_for_memory:
+        return Failure("killed by the kernel, which was out of memory", oom=True)
+    if exitcode is not None and exitcode < 0:
+        message = f"the process was killed by {signal.Signals(-exitcode).name}"
+    else:
+        message = f"the process ended with exit code {exitcode} and no message"
+    if where := place(stack):
+        message += f" in {where}"
+    if said:
+        message += f": {said}"
+    return Failure(message, oom=any(short in said for short in SHORT_OF_MEMORY), traceback=words)
+
+
+def oom_kills() -> int:
+    """How many processes the kernel has killed for want of memory: in this control group, or since it booted."""
+    return counted(memory_events() or Path("/proc/vmstat"), "oom_kill")
+
+
+@cache
+def memory_events() -> Path | None:
+    """Of the control group that this process is in; None where it is not told."""
+    for line in read(Path("/proc/self/cgroup")).splitlines():
+        number, _, path = line.partition("::")
+        file = Path("/sys/fs/cgroup", path.lstrip("/"), "memory.events")
+        if number == "0" and file.exists():
+            return file
+    return None
+
+
+def counted(file: Path, name: str) -> int:
+    lines = (line.split() for line in read(file).splitlines())
+    return next((int(words[1]) for words in lines if words and words[0] == name), 0)
+
+
+def where_ranks_are(pids: Mapping[int, int], starting: Iterable[int], folder: str) -> str:
+    """Ask every rank that can answer for its stack, and say which strategy line and which collective each is in.
+
+    A rank that was stopped cannot answer before it is let go on, and then does so first of all.
+    """
+    asked = {rank: pid for rank, pid in pids.items() if rank not in starting}
+    stopped = {rank for rank, pid in asked.items() if state(pid) == "T"}
+    for blow in (signal.SIGUSR1, signal.SIGCONT):
+        for pid in asked.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, blow)
+    until = time.monotonic() + ANSWER_S
+    while time.monotonic() < until and any(state(pid) and not answer(rank, folder) for rank, pid in asked.items()):
+        time.sleep(0.05)
+    time.sleep(0.05)  # for the end of a stack whose beginning is there
+    places = []
+    for rank, pid in pids.items():
+        if rank in starting:
+            places.append(f"rank {rank} is starting")
+        elif where := place(answer(rank, folder)):
+            places.append(f"rank {rank} {'was stopped' if rank in stopped else 'is'} in {where}")
+        else:
+            places.append(f"rank {rank} {'does not answer' if state(pid) not in ('', 'Z') else 'has ended'}")
+    return ", ".join(places)
+
+
+def answer(rank: int, folder: str) -> str:
+    """What it has written of its stack."""
+    return read(stack_file(folder, rank))
+
+
+def state(pid: int) -> str:
+    """The kernel's letter for what a process does: R, S, D, T (stopped), Z; nothing where there is none."""
+    return read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].strip()[:1]
+
+
+def place(stack: str) -> str:
+    """The innermost call into torch.distributed and the innermost line of a strategy, of a stack innermost first."""
+    frames = re.findall(r'File "(.+?)", line (\d+) in (\S+)', stack)
+    if not frames:
+        return ""
+    call = next((name for file, _, name in reversed(frames) if "distributed_c10d" in file), frames[0][2])
+    line = next((f"{f[f.rindex('strategies/') :]}:{n}" for f, n, _ in frames if "/strategies/" in f), None)
+    return f"{call} ({line})" if line else f"{call} ({os.path.basename(frames[0][0])}:{frames[0][1]})"
