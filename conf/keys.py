@@ -10,10 +10,16 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import cache
+from math import isfinite
+from reprlib import repr as short
 from types import UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
+
+from conf.words import Invalid
 
 MISSING: Any = "???"  # as OmegaConf writes it: a preset or a checkpoint has the value
+MOST = 2**30  # of what no one has so many of
+MOST_RANKS = 2**20
 
 
 def key(
@@ -23,15 +29,17 @@ def key(
     choices: tuple = (),
     least: float | None = None,
     above: float | None = None,
+    most: float | None = None,
     column: str | None = None,
     identity: bool = True,
 ) -> Any:
     """A field of a section.
 
-    says: its meaning in a line. choices, least, above: what it may be. column: its name in results.csv, where that is
-    not the section's and its own. identity: is a configuration with another value another configuration?
+    says: its meaning in a line. choices, least, above, most: what it may be. column: its name in results.csv, where
+    that is not the section's and its own. identity: is a configuration with another value another configuration?
     """
-    known = {"says": says, "choices": choices, "least": least, "above": above, "column": column, "identity": identity}
+    bounds = {"choices": choices, "least": least, "above": above, "most": most}
+    known = {"says": says, **bounds, "column": column, "identity": identity}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=known)
     return field(default=default, metadata=known)
@@ -51,10 +59,12 @@ class StrategyConfig:
 class RopeScaling:
     """Llama 3.1's frequency scaling (Llama 3 herd paper, section 3.2): long waves are slowed by `factor`."""
 
-    factor: float = 8.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 8192
+    factor: float = key(8.0, "how much slower the longest waves are", above=0, most=MOST)
+    low_freq_factor: float = key(
+        1.0, "turns within the original context below which a wave is long", above=0, most=MOST
+    )
+    high_freq_factor: float = key(4.0, "and above which it is short", above=0, most=MOST)
+    original_max_position: int = key(8192, "the original context, tokens", least=1, most=MOST)
 
 
 @dataclass
@@ -63,16 +73,16 @@ class ModelConfig:
 
     name: str = key("tiny", "a preset of conf/model/, or hf: a Hugging Face Llama", column="model")
     path: str | None = key(None, "of model=hf: a directory with config.json and safetensors", column="model_path")
-    dim: int = key(MISSING, "hidden size", least=1)
-    n_layers: int = key(MISSING, "blocks", least=1)
-    n_heads: int = key(MISSING, "query heads", least=1)
-    n_kv_heads: int = key(MISSING, "key and value heads; fewer than n_heads is GQA", least=1)
-    head_dim: int | None = key(None, "of a head; null = dim / n_heads", least=1)
-    ffn_dim: int = key(MISSING, "width of the gated MLP", least=1)
-    vocab_size: int = key(MISSING, "tokens that there are", least=1)
-    rope_theta: float = key(MISSING, "base of the rotary frequencies", above=0)
+    dim: int = key(MISSING, "hidden size", least=1, most=2**20)
+    n_layers: int = key(MISSING, "blocks", least=1, most=10**4)
+    n_heads: int = key(MISSING, "query heads", least=1, most=2**16)
+    n_kv_heads: int = key(MISSING, "key and value heads; fewer than n_heads is GQA", least=1, most=2**16)
+    head_dim: int | None = key(None, "of a head; null = dim / n_heads", least=1, most=2**16)
+    ffn_dim: int = key(MISSING, "width of the gated MLP", least=1, most=2**24)
+    vocab_size: int = key(MISSING, "tokens that there are", least=1, most=2**24)
+    rope_theta: float = key(MISSING, "base of the rotary frequencies", above=0, most=1e12)
     rope_scaling: RopeScaling | None = key(None, "Llama 3.1's slower long waves; null = none")
-    norm_eps: float = key(MISSING, "added to a norm's mean square", least=0)
+    norm_eps: float = key(MISSING, "added to a norm's mean square", least=0, most=1)
     tie_embeddings: bool = key(MISSING, "the head's weight is the embedding's")
 
     @property
@@ -93,16 +103,16 @@ class DataConfig:
 
 @dataclass
 class MeshConfig:
-    dp: int | None = key(None, "ranks that share out the batch", least=1)
-    tp: int | None = key(None, "ranks that share out heads and columns", least=1)
-    ulysses: int | None = key(None, "ranks that trade tokens for heads", least=1)
-    ring: int | None = key(None, "ranks around which keys and values travel", least=1)
+    dp: int | None = key(None, "ranks that share out the batch", least=1, most=MOST_RANKS)
+    tp: int | None = key(None, "ranks that share out heads and columns", least=1, most=MOST_RANKS)
+    ulysses: int | None = key(None, "ranks that trade tokens for heads", least=1, most=MOST_RANKS)
+    ring: int | None = key(None, "ranks around which keys and values travel", least=1, most=MOST_RANKS)
 
 
 @dataclass
 class UlyssesConfig:
     packed: bool = key(False, "q, k and v in one exchange")
-    chunks: int = key(1, "pieces of a rank's heads: one is computed while the next is exchanged", least=1)
+    chunks: int = key(1, "pieces of a rank's heads: one is computed while the next is exchanged", least=1, most=2**16)
 
 
 @dataclass
@@ -123,23 +133,23 @@ class AttentionConfig:
 
 @dataclass
 class MlpConfig:
-    chunks: int = key(1, "pieces of a rank's tokens, each run again in backward (ALST)", least=1)
+    chunks: int = key(1, "pieces of a rank's tokens, each run again in backward (ALST)", least=1, most=MOST)
 
 
 @dataclass
 class LossConfig:
-    chunks: int = key(1, "likewise the head and the loss: logits never exist whole", least=1)
+    chunks: int = key(1, "likewise the head and the loss: logits never exist whole", least=1, most=MOST)
 
 
 @dataclass
 class OptimConfig:
     """AdamW (Loshchilov and Hutter 2019) on every parameter."""
 
-    lr: float = key(3e-4, "learning rate", least=0)
+    lr: float = key(3e-4, "learning rate", least=0, most=1e6)
     betas: list[float] = key([0.9, 0.95], "decay of the two moments")
-    eps: float = key(1e-8, "added to the root of the second moment", least=0)
-    weight_decay: float = key(0.1, "decoupled", least=0)
-    grad_clip: float | None = key(1.0, "longest gradient, in its 2-norm; null = off", above=0)
+    eps: float = key(1e-8, "added to the root of the second moment", least=0, most=1e6)
+    weight_decay: float = key(0.1, "decoupled", least=0, most=1e6)
+    grad_clip: float | None = key(1.0, "longest gradient, in its 2-norm; null = off", above=0, most=1e30)
 
 
 @dataclass
@@ -148,13 +158,15 @@ class ClusterConfig:
 
     name: str = key(MISSING, "the hardware that simulated ranks stand for", column="cluster")
     device_names: list[str] = key(MISSING, "as the driver calls it, in part")
-    bf16_dense_tflops: float = key(MISSING, "dense 16-bit peak, TFLOP/s", above=0)
-    mem_gb: float = key(MISSING, "memory, GiB", above=0)
-    hbm_gbps: float = key(MISSING, "memory bandwidth, GB/s", above=0)
+    bf16_dense_tflops: float = key(MISSING, "dense 16-bit peak, TFLOP/s", above=0, most=1e6)
+    mem_gb: float = key(MISSING, "memory, GiB", above=0, most=1e6)
+    hbm_gbps: float = key(MISSING, "memory bandwidth, GB/s", above=0, most=1e6)
     intra_kind: str = key(MISSING, "links inside a node")
-    intra_uni_gbps_per_gpu: float = key(MISSING, "their bandwidth, GB/s", above=0)
-    gpus_per_node: int = key(MISSING, "GPUs that these links join", least=1)
-    nic_uni_gbps_per_gpu: float | None = key(MISSING, "bandwidth between nodes, GB/s; null = unknown", above=0)
+    intra_uni_gbps_per_gpu: float = key(MISSING, "their bandwidth, GB/s", above=0, most=1e6)
+    gpus_per_node: int = key(MISSING, "GPUs that these links join", least=1, most=MOST_RANKS)
+    nic_uni_gbps_per_gpu: float | None = key(
+        MISSING, "bandwidth between nodes, GB/s; null = unknown", above=0, most=1e6
+    )
 
 
 @dataclass
@@ -169,7 +181,10 @@ class LaunchConfig:
         identity=False,
     )
     ranks_per_host: int | None = key(
-        None, "ranks that share a host, in their order; null = all, and under torchrun an equal share", least=1
+        None,
+        "ranks that share a host, in their order; null = all, and under torchrun an equal share",
+        least=1,
+        most=MOST_RANKS,
     )
     interface: str | None = key(
         None, "network interface of ranks on several hosts; null = the one that leads to the first", identity=False
@@ -183,10 +198,10 @@ class Config:
     strategy: StrategyConfig = section(StrategyConfig, "which strategy")
     model: ModelConfig = section(ModelConfig, "what is trained", "plain")
     data: DataConfig = section(DataConfig, "on which tokens")
-    world_size: int = key(4, "ranks", least=1)
+    world_size: int = key(4, "ranks", least=1, most=MOST_RANKS)
     mesh: MeshConfig = section(MeshConfig, "degrees; their product is world_size; null = the strategy decides", "plain")
-    seq_len: int = key(512, "tokens per sequence, over all ranks", least=1)
-    batch_size: int = key(1, "sequences per step, over all ranks", least=1)
+    seq_len: int = key(512, "tokens per sequence, over all ranks", least=1, most=MOST)
+    batch_size: int = key(1, "sequences per step, over all ranks", least=1, most=MOST)
     placement: str = key(
         "ulysses_inner", "whose neighbours are the nearest ranks", choices=("ulysses_inner", "ring_inner")
     )
@@ -206,9 +221,9 @@ class Config:
     mlp: MlpConfig = section(MlpConfig, "the MLPs in pieces")
     loss: LossConfig = section(LossConfig, "the loss in pieces")
     optim: OptimConfig = section(OptimConfig, "AdamW", "plain")
-    steps: int = key(5, "timed steps", least=1)
-    warmup: int = key(2, "steps before them", least=0)
-    seed: int = key(0, "of weights, of random tokens, and of attention's random q, k and v")
+    steps: int = key(5, "timed steps", least=1, most=MOST)
+    warmup: int = key(2, "steps before them", least=0, most=MOST)
+    seed: int = key(0, "of weights, of random tokens, and of attention's random q, k and v", least=0, most=2**63 - 1)
     device: str = key("cpu", "cpu (gloo) | cuda (NCCL)", choices=("cpu", "cuda"))
     mode: str = key(
         "real",
@@ -235,9 +250,9 @@ class Config:
     )
     direction: str = key("forward_backward", "of workload=attention", choices=("forward", "forward_backward"))
     rounds: int = key(
-        1, "a sweep measures all its configurations so many times in turn: pairs", least=1, identity=False
+        1, "a sweep measures all its configurations so many times in turn: pairs", least=1, most=10**4, identity=False
     )
-    timeout_s: float = key(600.0, "for the whole configuration", above=0)
+    timeout_s: float = key(600.0, "for the whole configuration", above=0, most=7 * 24 * 3600)
     launch: LaunchConfig = section(LaunchConfig, "where ranks run")
     save_path: str | None = key(None, "a folder for the trained weights, in Hugging Face's format")
     name: str = key("default", "results go to runs/<name>/", identity=False)
@@ -250,7 +265,10 @@ class Config:
 
     @classmethod
     def of(cls, values: Mapping) -> "Config":
-        """From plain values: a composed configuration, or a record's. Keys that it does not name are as by default."""
+        """From plain values: a composed configuration, or a record's. Keys that it does not name are as by default.
+
+        Raises Invalid for a value of another type than its key's; whether it is within its bounds is asked later.
+        """
         return made(cls, values)
 
 
@@ -298,6 +316,11 @@ def keys() -> dict[str, Key]:
     return {found.path: found for found in keys_of(Config)}
 
 
+def multiples(path: str, of: int) -> range:
+    """Those of a number that a key can be."""
+    return range(of, keys()[path].declared.metadata["most"] + 1, of)
+
+
 def keys_of(cls: type, path: str = "", prefix: str = "") -> Iterator[Key]:
     hints = get_type_hints(cls)
     for declared in fields(cls):
@@ -310,22 +333,67 @@ def keys_of(cls: type, path: str = "", prefix: str = "") -> Iterator[Key]:
             yield Key(f"{path}{declared.name}", column, declared, hints[declared.name])
 
 
+def optional(hint: Any) -> bool:
+    return isinstance(hint, UnionType)
+
+
 def section_in(hint: Any) -> type | None:
     """The dataclass in an annotation, as in `ClusterConfig | None`."""
-    options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    options = get_args(hint) if optional(hint) else (hint,)
     return next((option for option in options if is_dataclass(option)), None)  # type: ignore[return-value]
 
 
-def made(cls: type, values: Mapping) -> Any:
+def made(cls: type, values: Any, path: str = "") -> Any:
     """A dataclass from plain values; what it does not know is left out, what is not given is as by default."""
+    if not isinstance(values, Mapping):
+        raise Invalid(f"{path.rstrip('.') or 'config'}={short(values)} is no section with keys of its own")
     hints = get_type_hints(cls)
     given = {}
     for declared in fields(cls):
         if declared.name not in values:
             continue
-        value, inner = values[declared.name], section_in(hints[declared.name])
-        given[declared.name] = made(inner, value) if inner is not None and isinstance(value, Mapping) else value
+        value, hint, inside = values[declared.name], hints[declared.name], f"{path}{declared.name}"
+        inner = section_in(hint)
+        if inner is not None and not (value is None and optional(hint)):
+            value = made(inner, value, f"{inside}.")
+        elif not (value == MISSING == declared.default) and (fault := not_of(hint, value)):
+            raise Invalid(f"{inside}={short(value)} {fault}")
+        given[declared.name] = value
     return cls(**given)
+
+
+KINDS: dict[Any, tuple[type | tuple[type, ...], str]] = {  # what a value may be, and what it is not otherwise
+    bool: (bool, "is neither true nor false"),
+    int: (int, "is no whole number"),
+    float: ((int, float), "is no number"),
+    str: (str, "is no text"),
+    list: (list, "is no list"),
+}
+
+
+def not_of(hint: Any, value: Any) -> str | None:
+    """What a value is not, that its type says; None if it is that."""
+    if optional(hint):
+        return None if value is None else not_of(get_args(hint)[0], value)
+    kind, fault = KINDS[get_origin(hint) or hint]
+    if not isinstance(value, kind) or (isinstance(value, bool) and hint is not bool):
+        return fault
+    faults = (not_of(*get_args(hint), item) for item in value) if kind is list else ()
+    return next((f"holds what {fault}" for fault in faults if fault), None)
+
+
+def beyond(rules: Mapping, value: Any) -> str | None:
+    """What a value must be, that its choices and bounds say; None if it is that."""
+    least, above, most = rules["least"], rules["above"], rules["most"]
+    if isinstance(value, float) and not isfinite(value):
+        return "is not finite"
+    if least is not None and value < least:
+        return f"must be at least {least}"
+    if above is not None and not value > above:
+        return f"must be more than {above}"
+    if most is not None and value > most:
+        return f"must be at most {most}"
+    return None
 
 
 def plain(value: Any) -> Any:

@@ -4,24 +4,24 @@ A strategy is one line of STRATEGIES, in the order in which strategies/ is read;
 PEERS. mesh.dp stands in front of them all, and takes the ranks that the others leave.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
+from math import gcd, prod
 
-from conf.keys import Config
-from conf.words import Invalid, around
+from conf.keys import Config, multiples
+from conf.words import Invalid, around, divisors
 
 AXES = ("dp", "tp", "ulysses", "ring")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """The value of configuration key `key` must satisfy `fits`, because `why`."""
+    """The value of configuration key `key` must be one of `allowed`, which rise, because `why`."""
 
     key: str
     value: int
     why: str
-    fits: Callable[[int], bool]
+    allowed: Sequence[int]
 
 
 Degrees = dict[str, int]  # of dp, tp, ulysses, ring
@@ -30,7 +30,7 @@ Needs = Callable[[Config, Degrees], Rule]
 
 def alone(config: Config, degrees: Degrees) -> Rule:
     """One process."""
-    return Rule("world_size", degrees["dp"], "must be 1 for single", lambda n: n == 1)
+    return Rule("world_size", degrees["dp"], "must be 1 for single", [1])
 
 
 def heads(config: Config, degrees: Degrees) -> Rule:
@@ -42,13 +42,13 @@ def heads(config: Config, degrees: Degrees) -> Rule:
         " * ".join(f"mesh.{axis}" for axis in axes),
         prod(degrees[axis] for axis in axes),
         why,
-        lambda ranks: heads_fit(config, ranks),
+        shares_of_heads(config),
     )
 
 
-def heads_fit(config: Config, ranks: int) -> bool:
+def shares_of_heads(config: Config) -> list[int]:
     n_heads, n_kv_heads = config.model.n_heads, config.model.n_kv_heads
-    return n_heads % ranks == 0 and (n_kv_heads % ranks == 0 or ranks % n_kv_heads == 0)
+    return [ranks for ranks in divisors(n_heads) if n_kv_heads % ranks == 0 or ranks % n_kv_heads == 0]
 
 
 def head_chunks(config: Config, degrees: Degrees) -> Rule:
@@ -59,7 +59,7 @@ def head_chunks(config: Config, degrees: Degrees) -> Rule:
         "ulysses.chunks",
         config.ulysses.chunks,
         f"must divide a rank's heads in attention, {n_heads}, and its kv heads, {n_kv_heads}",
-        lambda chunks: n_heads % chunks == 0 and n_kv_heads % chunks == 0,
+        divisors(gcd(n_heads, n_kv_heads)),
     )
 
 
@@ -69,7 +69,7 @@ def sequence(config: Config, degrees: Degrees) -> Rule:
     parts = [2] if config.ring.layout == "zigzag" and "ring" in wide else []
     names = " * ".join([*map(str, parts), *(f"mesh.{axis}" for axis in wide)])
     of = prod([*parts, *(degrees[axis] for axis in wide)])
-    return Rule("seq_len", config.seq_len, f"must be a multiple of {names} = {of}", lambda n: n % of == 0)
+    return Rule("seq_len", config.seq_len, f"must be a multiple of {names} = {of}", multiples("seq_len", of))
 
 
 Fill = Callable[[Config, int, list[str]], Degrees]
@@ -81,14 +81,14 @@ def first_takes_all(config: Config, free: int, left_open: list[str]) -> Degrees:
 
 def widest_ulysses(config: Config, free: int, left_open: list[str]) -> Degrees:
     """The widest ulysses that the heads allow without copies, as long as the ring keeps at least two ranks."""
-    sizes = (free, config.model.n_heads, config.model.n_kv_heads)
-    ulysses = next((u for u in range(max(1, free // 2), 1, -1) if not any(n % u for n in sizes)), 1)
+    shares = divisors(gcd(free, config.model.n_heads, config.model.n_kv_heads))
+    ulysses = max(share for share in shares if share <= max(1, free // 2))
     return {"ulysses": ulysses, "ring": free // ulysses}
 
 
 def widest_tp(config: Config, free: int, left_open: list[str]) -> Degrees:
     """The widest tp that the heads allow, and the rest for the ring."""
-    tp = next(t for t in range(free, 0, -1) if free % t == 0 and heads_fit(config, t))
+    tp = max(share for share in shares_of_heads(config) if free % share == 0)
     return {"tp": tp, "ring": free // tp}
 
 
@@ -126,9 +126,8 @@ STRATEGIES = {
 
 def at_least_two(axis: str) -> Needs:
     """Alone on its axis a peer would send to itself."""
-    return lambda config, degrees: Rule(
-        f"mesh.{axis}", degrees[axis], "must be at least 2 for a peer", lambda degree: degree > 1
-    )
+    two_or_more = multiples(f"mesh.{axis}", 1)[1:]
+    return lambda config, degrees: Rule(f"mesh.{axis}", degrees[axis], "must be at least 2 for a peer", two_or_more)
 
 
 def kv_heads_divide(axis: str, library: str) -> Needs:
@@ -137,7 +136,7 @@ def kv_heads_divide(axis: str, library: str) -> Needs:
     def rule(config: Config, degrees: Degrees) -> Rule:
         n_kv_heads = config.model.n_kv_heads
         why = f"must divide model.n_kv_heads = {n_kv_heads}, which {library} does not copy"
-        return Rule(f"mesh.{axis}", degrees[axis], why, lambda degree: n_kv_heads % degree == 0)
+        return Rule(f"mesh.{axis}", degrees[axis], why, divisors(n_kv_heads))
 
     return rule
 
@@ -145,7 +144,7 @@ def kv_heads_divide(axis: str, library: str) -> Needs:
 def no_more_than_kv_heads(config: Config, degrees: Degrees) -> Rule:
     n_kv_heads = config.model.n_kv_heads
     why = f"must be at most model.n_kv_heads = {n_kv_heads}, which DeepSpeed does not copy"
-    return Rule("mesh.ulysses", degrees["ulysses"], why, lambda ulysses: ulysses <= n_kv_heads)
+    return Rule("mesh.ulysses", degrees["ulysses"], why, range(1, n_kv_heads + 1))
 
 
 @dataclass(frozen=True)
@@ -224,7 +223,7 @@ def fill(config: Config) -> None:
     if world_size % product or (not left_open and product != world_size):
         written = " * ".join(f"mesh.{axis}" for axis in given)
         wrong = "is not" if not left_open else "is no multiple of"
-        near = around(world_size, lambda n: n % product == 0 if left_open else n == product)
+        near = around(world_size, multiples("world_size", product)[: None if left_open else 1])
         raise Invalid(f"world_size={world_size} {wrong} {written} = {product}; {near} would do")
     free = world_size // product
     fills = footing.fill if len(left_open) > 1 else first_takes_all
@@ -232,8 +231,17 @@ def fill(config: Config) -> None:
     for axis in AXES:
         setattr(mesh, axis, given.get(axis, filled.get(axis, 1)))
     for rule in rules(config):
-        if not rule.fits(rule.value):
-            raise Invalid(f"{rule.key}={rule.value} {rule.why}; {around(rule.value, rule.fits)} would do")
+        if rule.value not in rule.allowed:
+            raise Invalid(f"{rule.key}={rule.value} {rule.why}; {around(rule.value, rule.allowed)} would do")
+
+
+def place(config: Config, rank: int) -> dict[str, int]:
+    """Where a rank is along each axis, and along `zero`, all ranks with different tokens (strategies/ops/mesh.py)."""
+    sp = ["ulysses", "ring"] if config.placement == "ulysses_inner" else ["ring", "ulysses"]
+    found, outside = {"zero": rank // (config.mesh.tp or 1)}, rank
+    for axis in ("tp", *sp, "dp"):  # fastest first
+        outside, found[axis] = divmod(outside, getattr(config.mesh, axis) or 1)
+    return found
 
 
 def check_context_parallel(config: Config) -> None:
@@ -244,5 +252,5 @@ def check_context_parallel(config: Config) -> None:
     if mesh.ring is None and config.world_size % outside == 0 and context_parallel % ulysses:
         raise Invalid(
             f"the context-parallel size, world_size / (mesh.dp * mesh.tp) = {context_parallel}, must be divisible by "
-            f"mesh.ulysses={ulysses}; {around(ulysses, lambda u: context_parallel % u == 0)} would do"
+            f"mesh.ulysses={ulysses}; {around(ulysses, divisors(context_parallel))} would do"
         )

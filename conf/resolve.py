@@ -4,14 +4,15 @@ What depends on the machine (are the data, the GPUs, a peer's package here?) is 
 """
 
 import copy
-from dataclasses import dataclass, field
-from math import isfinite
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from conf import meshes
 from conf.groups import written
 from conf.huggingface import CheckpointError, read_config
-from conf.keys import MISSING, Config, ModelConfig, keys
-from conf.words import Invalid, around, one_of
+from conf.keys import MISSING, Config, ModelConfig, beyond, keys, multiples
+from conf.words import Invalid, around, divisors, one_of
 
 
 @dataclass
@@ -48,20 +49,26 @@ def check_values(config: Config) -> None:
             raise Invalid(f"{path} is missing, and model={config.model.name} does not say it")
         if value is None:
             continue
-        if isinstance(value, float) and not isfinite(value):
-            raise Invalid(f"{path}={value} is not finite")
         if rules["choices"] and value not in rules["choices"]:
             raise Invalid(one_of(written(path), value, rules["choices"]))
-        if rules["least"] is not None and value < rules["least"]:
-            raise Invalid(f"{path}={value} must be at least {rules['least']}")
-        if rules["above"] is not None and not value > rules["above"]:
-            raise Invalid(f"{path}={value} must be more than {rules['above']}")
+        check_bounds(path, rules, value)
 
     betas, rope = config.optim.betas, config.model.rope_scaling
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise Invalid(f"optim.betas={betas} must be two numbers from 0 up to 1; [0.9, 0.95] would do")
-    if rope is not None and not rope.factor > 0:
-        raise Invalid(f"model.rope_scaling.factor={rope.factor} must be more than 0")
+    if rope is not None:
+        for each in fields(rope):
+            check_bounds(f"model.rope_scaling.{each.name}", each.metadata, getattr(rope, each.name))
+        if not rope.low_freq_factor < rope.high_freq_factor:
+            raise Invalid(
+                f"model.rope_scaling.low_freq_factor={rope.low_freq_factor} must be less than high_freq_factor = "
+                f"{rope.high_freq_factor}; {rope.high_freq_factor / 4} would do"
+            )
+
+
+def check_bounds(path: str, rules: Mapping, value: Any) -> None:
+    if (fault := beyond(rules, value)) is not None:
+        raise Invalid(f"{path}={value} {fault}")
 
 
 def check_mode(config: Config) -> None:
@@ -127,7 +134,7 @@ def fill_model(model: ModelConfig) -> None:
     """head_dim, and what must fit together among the sizes."""
     if model.head_dim is None:
         if model.dim % model.n_heads:
-            near = around(model.dim, lambda d: d % model.n_heads == 0)
+            near = around(model.dim, multiples("model.dim", model.n_heads))
             raise Invalid(
                 f"model.dim={model.dim} is no multiple of model.n_heads={model.n_heads} and model.head_dim "
                 f"is null; {near} would do"
@@ -136,10 +143,10 @@ def fill_model(model: ModelConfig) -> None:
     if model.head_dim % 2:
         raise Invalid(
             f"model.head_dim={model.head_dim} must be even: rotary embedding pairs dims; "
-            f"{around(model.head_dim, lambda n: n % 2 == 0)} would do"
+            f"{around(model.head_dim, multiples('model.head_dim', 2))} would do"
         )
     if model.n_heads % model.n_kv_heads:
-        near = around(model.n_kv_heads, lambda g: model.n_heads % g == 0)
+        near = around(model.n_kv_heads, divisors(model.n_heads))
         raise Invalid(f"model.n_kv_heads={model.n_kv_heads} must divide model.n_heads={model.n_heads}; {near} would do")
 
 

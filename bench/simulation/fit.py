@@ -1,8 +1,6 @@
 """search=max_seq_len: the longest sequence that a simulated cluster has memory for."""
 
 from collections.abc import Callable
-from dataclasses import replace
-from itertools import count
 
 from conf.keys import Config
 from conf.meshes import rules
@@ -10,7 +8,7 @@ from conf.meshes import rules
 
 def granule(config: Config) -> int:
     """The shortest sequence that the strategy can split over the mesh: longer ones are its multiples."""
-    return next(n for n in count(1) if all(rule.fits(rule.value) for rule in rules(replace(config, seq_len=n))))
+    return next((rule.allowed[0] for rule in rules(config) if rule.key == "seq_len"), 1)
 
 
 def longest(config: Config, capacity: int, peak_of: Callable[[int], int]) -> int:
