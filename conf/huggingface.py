@@ -1,62 +1,72 @@
 """The config.json of a Hugging Face Llama, as transformers 4 or 5 writes it."""
 
-import json
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
+from reprlib import repr as short
+from typing import Any, get_type_hints
 
-from conf.keys import RopeScaling
-from conf.words import Invalid
+from conf.files import FileFault, read_json
+from conf.keys import ModelConfig, RopeScaling, beyond, not_of
+
+SIZES = {  # ours -> theirs
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "ffn_dim": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "rope_theta": "rope_theta",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+}
+SCALING = {
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_position": "original_max_position_embeddings",
+}
+DEFAULTS = {"head_dim": None, "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+ONLY = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 
 
-class CheckpointError(Invalid):
-    """What is wrong with a checkpoint, in one sentence that names the file."""
-
-
-def read_config(folder: str) -> dict:
-    """config.json -> the sizes of a ModelConfig. Raises CheckpointError."""
+def read_config(folder: str) -> dict[str, Any]:
+    """config.json -> the sizes of a ModelConfig. Raises FileFault for a field that is missing or cannot be."""
     file = Path(folder) / "config.json"
-    theirs = read_json(file)
-    if theirs.get("model_type") != "llama":
-        raise CheckpointError(f"{file}: model_type is {theirs.get('model_type')!r}, and only 'llama' can be read")
-    for key, supported in {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}.items():
-        if theirs.get(key, supported) != supported:
-            raise CheckpointError(f"{file}: {key} is {theirs[key]!r}, and only {supported!r} can be read")
+    theirs = {name: value for name, value in read_json(file).items() if value is not None}
+    if "model_type" not in theirs:
+        raise FileFault(f"{file}: model_type is missing")
+    for name, supported in ONLY.items():
+        if theirs.get(name, supported) != supported:
+            raise FileFault(f"{file}: {name} is {short(theirs[name])}, and only {supported!r} can be read")
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-    try:
-        return {
-            "dim": theirs["hidden_size"],
-            "n_layers": theirs["num_hidden_layers"],
-            "n_heads": theirs["num_attention_heads"],
-            "n_kv_heads": theirs.get("num_key_value_heads") or theirs["num_attention_heads"],
-            "head_dim": theirs.get("head_dim") or theirs["hidden_size"] // theirs["num_attention_heads"],
-            "ffn_dim": theirs["intermediate_size"],
-            "vocab_size": theirs["vocab_size"],
-            "rope_theta": float(rope.get("rope_theta") or theirs.get("rope_theta") or 10000.0),
-            "rope_scaling": read_rope_scaling(file, rope),
-            "norm_eps": theirs.get("rms_norm_eps", 1e-6),
-            "tie_embeddings": theirs.get("tie_word_embeddings", False),
-        }
-    except KeyError as missing:
-        raise CheckpointError(f"{file}: {missing} is missing") from None
+    if not isinstance(rope, Mapping):
+        raise FileFault(f"{file}: rope_parameters or rope_scaling is {short(rope)}, and an object, {{...}}, is needed")
+    theta = {"rope_theta": rope["rope_theta"]} if rope.get("rope_theta") is not None else {}  # transformers 5
+    same = {"num_key_value_heads": theirs.get("num_attention_heads")}
+    sizes = read_fields(file, ModelConfig, SIZES, {**DEFAULTS, **same, **theirs, **theta})
+    sizes["head_dim"] = sizes["head_dim"] or sizes["dim"] // sizes["n_heads"]
+    return {**sizes, "rope_theta": float(sizes["rope_theta"]), "rope_scaling": read_rope_scaling(file, rope)}
 
 
-def read_rope_scaling(file: Path, rope: dict) -> RopeScaling | None:
+def read_rope_scaling(file: Path, rope: Mapping) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
     if kind != "llama3":
-        raise CheckpointError(f"{file}: rope_type is {kind!r}, and only 'default' and 'llama3' can be read")
-    return RopeScaling(
-        rope["factor"],
-        rope["low_freq_factor"],
-        rope["high_freq_factor"],
-        rope["original_max_position_embeddings"],
-    )
+        raise FileFault(f"{file}: rope_type is {short(kind)}, and only 'default' and 'llama3' can be read")
+    return RopeScaling(**read_fields(file, RopeScaling, SCALING, rope))
 
 
-def read_json(file: Path) -> dict:
-    try:
-        return json.loads(file.read_text())
-    except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error})") from None
+def read_fields(file: Path, cls: type, names: Mapping[str, str], theirs: Mapping) -> dict[str, Any]:
+    """Fields of ours by their names there, each of its type and within its bounds."""
+    hints, rules = get_type_hints(cls), {field.name: field.metadata for field in fields(cls)}
+    found = {}
+    for ours, name in names.items():
+        if name not in theirs:
+            raise FileFault(f"{file}: {name} is missing")
+        found[ours] = value = theirs[name]
+        if fault := not_of(hints[ours], value) or beyond(rules[ours], value):
+            raise FileFault(f"{file}: {name}={short(value)} {fault}")
+    return found

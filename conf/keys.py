@@ -376,15 +376,18 @@ def not_of(hint: Any, value: Any) -> str | None:
     if optional(hint):
         return None if value is None else not_of(get_args(hint)[0], value)
     kind, fault = KINDS[get_origin(hint) or hint]
-    if not isinstance(value, kind) or (isinstance(value, bool) and hint is not bool):
+    fits = isinstance(value, kind) and (hint is bool or not isinstance(value, bool))
+    if not fits:
         return fault
-    faults = (not_of(*get_args(hint), item) for item in value) if kind is list else ()
+    faults = (not_of(get_args(hint)[0], item) for item in value) if kind is list else ()
     return next((f"holds what {fault}" for fault in faults if fault), None)
 
 
 def beyond(rules: Mapping, value: Any) -> str | None:
     """What a value must be, that its choices and bounds say; None if it is that."""
     least, above, most = rules["least"], rules["above"], rules["most"]
+    if value is None:
+        return None
     if isinstance(value, float) and not isfinite(value):
         return "is not finite"
     if least is not None and value < least:

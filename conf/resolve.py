@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from conf import meshes
+from conf.files import FileFault
 from conf.groups import written
-from conf.huggingface import CheckpointError, read_config
+from conf.huggingface import read_config
 from conf.keys import MISSING, Config, ModelConfig, beyond, keys, multiples
 from conf.words import Invalid, around, divisors, one_of
 
@@ -126,7 +127,7 @@ def fill_from_checkpoint(model: ModelConfig) -> None:
         for name, value in read_config(model.path).items():
             if getattr(model, name) in (None, MISSING):
                 setattr(model, name, value)
-    except CheckpointError as error:
+    except FileFault as error:
         raise Invalid(f"model.path: {error}") from None
 
 

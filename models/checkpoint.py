@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from conf.huggingface import CheckpointError, read_json
+from conf.files import FileFault, read_json, size_of
 from conf.keys import ModelConfig
 
 NAMES = {  # ours -> theirs
@@ -26,6 +26,7 @@ NAMES = {  # ours -> theirs
     "head.norm.weight": "model.norm.weight",
     "head.linear.weight": "lm_head.weight",
 }
+DTYPES = {"F64", "F32", "F16", "BF16"}
 FILE_BYTES = 2 << 30  # written files hold at most about this much: what the writer keeps in memory
 
 
@@ -39,19 +40,20 @@ def their_name(name: str) -> str:
 class Checkpoint:
     """The tensors of a Hugging Face directory by our names, each read from disk when it is asked for.
 
-    Opening it reads headers only. Raises CheckpointError for a missing or torn file.
+    Opening it reads headers only. Raises FileFault for a missing or torn file.
     """
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
         index = self.folder / "model.safetensors.index.json"
         if index.exists():
-            names = set(read_json(index)["weight_map"].values())
-            files = [self.folder / name for name in sorted(names)]
+            files = [self.folder / name for name in files_of(index)]
         else:
             files = sorted(self.folder.glob("*.safetensors"))
         if not files:
-            raise CheckpointError(f"{self.folder}: no *.safetensors file there")
+            pickles = [file.name for file in sorted(self.folder.glob("*.bin")) + sorted(self.folder.glob("*.pt*"))]
+            beside = f", and {pickles[0]} is not read, for a pickle can run any code" if pickles else ""
+            raise FileFault(f"{self.folder}: no *.safetensors file there{beside}")
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: set[str] = set()
         self.file_of: dict[str, Path] = {}
@@ -62,15 +64,17 @@ class Checkpoint:
                     self.file_of[name] = file
                     self.shapes[name] = tuple(header.get_shape())
                     self.dtypes.add(header.get_dtype())
+        if others := self.dtypes - DTYPES:
+            raise FileFault(f"{self.folder}: has tensors of {min(others)}, and floats are needed")
 
     def check(self, config: ModelConfig) -> None:
-        """Raise CheckpointError unless every tensor of the model is there with its shape."""
+        """Raise FileFault unless every tensor of the model is there with its shape."""
         for name, shape in parameter_shapes(config).items():
             theirs = their_name(name)
             if theirs not in self.shapes:
-                raise CheckpointError(f"{self.folder}: tensor {theirs} is missing")
+                raise FileFault(f"{self.folder}: tensor {theirs} is missing")
             if self.shapes[theirs] != shape:
-                raise CheckpointError(f"{self.folder}: tensor {theirs} is {self.shapes[theirs]}, the model has {shape}")
+                raise FileFault(f"{self.folder}: tensor {theirs} is {self.shapes[theirs]}, the model has {shape}")
 
     def tensor(self, name: str) -> Any:
         """The whole tensor of our parameter `name`, on CPU, in the file's dtype."""
@@ -79,13 +83,23 @@ class Checkpoint:
             return content.get_tensor(theirs)
 
 
+def files_of(index: Path) -> list[str]:
+    """The names in model.safetensors.index.json, which are of files beside it."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise FileFault(f"{index}: weight_map is no object, {{...}}, from tensors to the names of files")
+    names = sorted(set(places.values()))
+    if outside := [name for name in names if Path(name).name != name]:
+        raise FileFault(f"{index}: weight_map has {outside[0]!r}, and a file of the same folder is needed")
+    return names
+
+
 def opened(file: Path, framework: str) -> Any:
+    size_of(file)
     try:
         return safe_open(file, framework)
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: No such file or directory") from None
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: torn or not a safetensors file ({error})") from None
+        raise FileFault(f"{file}: torn or not a safetensors file ({error})") from None
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from bench.app.row import resolved_here
 from bench.ranks.worker import save
-from conf.huggingface import CheckpointError, read_config
+from conf.files import FileFault
+from conf.huggingface import read_config
 from conf.keys import Config
 from conf.words import Invalid
 from models import checkpoint
@@ -123,7 +124,7 @@ def test_a_missing_tensor_a_torn_file_and_a_foreign_model_are_named(tmp_path):
     folder = Path(reference.make_checkpoint(str(tmp_path), vocab_size=256))
     with pytest.raises(Invalid, match=r"tensor model.layers.2.input_layernorm.weight is missing"):
         resolved_here(job("model=hf", f"model.path={folder}", "model.n_layers=3").config)
-    with pytest.raises(CheckpointError, match=r"q_proj.weight is \(64, 64\), the model has \(128, 64\)"):
+    with pytest.raises(FileFault, match=r"q_proj.weight is \(64, 64\), the model has \(128, 64\)"):
         Checkpoint(str(folder)).check(sized(**{**read_config(str(folder)), "head_dim": 16}))
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])

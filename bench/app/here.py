@@ -1,14 +1,17 @@
 """What of a configuration depends on this machine: a peer's package, a checkpoint's files, the data, the device."""
 
 import importlib.util
+import os
 
 from bench.workloads import data
-from conf.huggingface import CheckpointError
+from conf.files import FileFault, check_writable
 from conf.kernels import kernel_that_runs
 from conf.keys import Config
 from conf.meshes import PEERS
 from conf.resolve import Resolved
 from conf.words import Invalid
+
+RANK_BYTES = 64 << 20  # that a process of its own with torch takes at the least
 
 
 def check(resolved: Resolved) -> None:
@@ -22,6 +25,9 @@ def check(resolved: Resolved) -> None:
     if config.launch.name == "torchrun" and config.mode == "real":
         fill_hosts(config)
     check_device(config)
+    check_ranks(config)
+    if config.save_path is not None:
+        check_save_path(config.save_path)
     pick_kernel(config)
 
 
@@ -50,7 +56,7 @@ def check_checkpoint(resolved: Resolved) -> None:
     try:
         checkpoint = Checkpoint(str(model.path))
         checkpoint.check(model)
-    except CheckpointError as error:
+    except FileFault as error:
         raise Invalid(f"model.path: {error}") from None
     if "BF16" in checkpoint.dtypes and resolved.config.precision == "fp32":
         resolved.notes.append("the bfloat16 checkpoint was read into fp32")
@@ -63,6 +69,23 @@ def check_device(config: Config) -> None:
         would_do = f"world_size={gpus}, mode=emulate or device=cpu" if gpus else "mode=simulate or device=cpu"
         ranks = f"world_size={config.world_size}" if config.mode == "real" else f"mode={config.mode}"
         raise Invalid(f"device=cuda: {ranks} needs {needed} GPUs and there are {gpus}; {would_do} would do")
+
+
+def check_ranks(config: Config) -> None:
+    """Can this machine hold so many processes?"""
+    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // RANK_BYTES
+    if config.mode == "real" and config.launch.name == "local" and config.world_size > most:
+        raise Invalid(
+            f"world_size={config.world_size}: mode=real starts as many processes, and this machine has memory for "
+            f"{most}; mode=simulate would do"
+        )
+
+
+def check_save_path(path: str) -> None:
+    try:
+        check_writable(path)
+    except FileFault as fault:
+        raise Invalid(f"save_path: {fault}") from None
 
 
 def count_gpus() -> int:

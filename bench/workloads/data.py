@@ -3,14 +3,20 @@
 import math
 import sysconfig
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import numpy as np
+from numpy.lib import format as npy
 
+from conf.files import FileFault, size_of, status
 from conf.keys import Config
 from conf.words import Invalid
 
 IGNORED = -100  # a token that is not to be learnt: not counted as a label, read as token 0 as an input
+FORESEEN = 1 << 22  # tokens that are looked at before a run; each is when it is read
+MOST_FILES = 20_000  # of a folder of text
 
 
 class RandomTokens:
@@ -28,14 +34,50 @@ class RandomTokens:
         return np.concatenate([self.block(s, seq_len), self.block(s + 1, seq_len)[:1]])
 
 
-class StoredTokens:
-    """Tokens in an array, in memory or on disk."""
+@dataclass
+class Part:
+    """`size` tokens, from a byte of a file on."""
 
-    def __init__(self, tokens: np.ndarray) -> None:
-        self.tokens, self.size = tokens, len(tokens)
+    file: Path
+    offset: int
+    size: int
+
+
+class StoredTokens:
+    """Tokens in files, one file after the other. What a sample needs is read, and is below vocab_size, or Invalid."""
+
+    def __init__(self, config: Config, parts: list[Part], dtype: np.dtype) -> None:
+        self.name, self.vocab_size = config.data.name, config.model.vocab_size
+        self.parts, self.dtype = parts, dtype
+        self.size = sum(part.size for part in parts)
 
     def sample(self, s: int, seq_len: int) -> np.ndarray:
-        return self.tokens[s * seq_len : s * seq_len + seq_len + 1].astype(np.int64)
+        return self.read(s * seq_len, s * seq_len + seq_len + 1).astype(np.int64)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        pieces = [np.empty(0, self.dtype)]
+        for part in self.parts:
+            first, last = max(0, start), min(stop, part.size)
+            if first < last:
+                pieces.append(self.piece(part, first, last - first))
+            start, stop = start - part.size, stop - part.size
+        found = np.concatenate(pieces)
+        highest, lowest = int(found.max(initial=0)), int(found[found != IGNORED].min(initial=0))
+        if highest >= self.vocab_size or lowest < 0:
+            raise Invalid(
+                f"data={self.name} has tokens from {lowest} to {highest}, and model.vocab_size={self.vocab_size} "
+                f"allows 0 to {self.vocab_size - 1}"
+            )
+        return found
+
+    def piece(self, part: Part, first: int, size: int) -> np.ndarray:
+        try:
+            found = np.fromfile(part.file, self.dtype, size, offset=part.offset + first * self.dtype.itemsize)
+        except OSError as error:
+            raise FileFault(f"{part.file}: cannot be read ({error.strerror or error})") from None
+        if len(found) < size:
+            raise FileFault(f"{part.file}: is shorter than it says")
+        return found
 
 
 def needed(config: Config) -> int:
@@ -44,24 +86,26 @@ def needed(config: Config) -> int:
 
 
 def load(config: Config) -> RandomTokens | StoredTokens:
-    """The source that the configuration names. Of the tokens that it needs, all are below vocab_size, or Invalid."""
-    name, path, vocab_size = config.data.name, config.data.path, config.model.vocab_size
-    if name == "random":
-        return RandomTokens(vocab_size, config.seed)
-    tokens = read_text(path, needed(config)) if name == "text" else read_array(path)
-    used = tokens[: needed(config)]
-    highest, lowest = int(used.max(initial=0)), int(used[used != IGNORED].min(initial=0))
-    if highest >= vocab_size or lowest < 0:
-        raise Invalid(
-            f"data={name} has tokens from {lowest} to {highest}, and model.vocab_size={vocab_size} allows 0 to "
-            f"{vocab_size - 1}"
-        )
-    return StoredTokens(tokens)
+    """The source that the configuration names. Raises Invalid."""
+    if config.data.name == "random":
+        return RandomTokens(config.model.vocab_size, config.seed)
+    if config.data.name == "text":
+        return StoredTokens(config, text(config.data.path, needed(config)), np.dtype(np.uint8))
+    if config.data.path is None:
+        raise Invalid("data.path is missing: data=tokens reads a 1-D integer .npy file")
+    return StoredTokens(config, *array(Path(config.data.path)))
 
 
 def check(config: Config) -> None:
     """Are there as many tokens as the run needs? Raises Invalid."""
-    tokens = load(config)
+    try:
+        tokens = load(config)
+        if isinstance(tokens, StoredTokens):
+            tokens.read(0, min(needed(config), FORESEEN))
+    except FileFault as fault:
+        raise Invalid(f"data.path: {fault}") from None
+    if not tokens.size:
+        raise Invalid(f"data.path={config.data.path} is empty; {needed(config)} tokens are needed")
     if tokens.size < needed(config):
         most = (int(tokens.size) - 1) // (config.batch_size * config.seq_len) - config.warmup
         would_do = f"steps={most}" if most > 0 else "a smaller seq_len"
@@ -71,15 +115,15 @@ def check(config: Config) -> None:
         )
 
 
-def read_text(path: str | None, needed: int) -> np.ndarray:
-    """The bytes of text files, one after the other, as far as needed."""
+def text(path: str | None, needed: int) -> list[Part]:
+    """Text files, as far as needed."""
     parts, size = [], 0
     for file in text_files(path):
-        parts.append(np.frombuffer(file.read_bytes(), np.uint8))
-        size += len(parts[-1])
+        parts.append(Part(file, 0, size_of(file)))
+        size += parts[-1].size
         if size >= needed:
             break
-    return np.concatenate(parts) if parts else np.empty(0, np.uint8)
+    return [part for part in parts if part.size]
 
 
 def text_files(path: str | None) -> Iterator[Path]:
@@ -88,22 +132,49 @@ def text_files(path: str | None) -> Iterator[Path]:
         library = Path(sysconfig.get_path("stdlib"))
         yield from sorted(library.glob("*.py"))
         yield from sorted(f for f in library.glob("*/**/*.py") if "site-packages" not in f.parts)
-    elif Path(path).is_file():
-        yield Path(path)
-    elif Path(path).is_dir():
-        yield from sorted(f for f in Path(path).rglob("*") if f.is_file())
-    else:
-        raise Invalid(f"data.path={path}: no such file or folder")
-
-
-def read_array(path: str | None) -> np.ndarray:
-    """A 1-D integer .npy file, left on disk."""
-    if path is None:
-        raise Invalid("data.path is missing: data=tokens reads a 1-D integer .npy file")
+        return
     try:
-        tokens = np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
-        raise Invalid(f"data.path={path}: cannot be read as .npy ({error})") from None
-    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-        raise Invalid(f"data.path={path}: {tokens.ndim}-D {tokens.dtype}, and 1-D integers are needed")
-    return tokens
+        status(path)
+    except FileFault:
+        raise Invalid(f"data.path={path}: no such file or folder") from None
+    if not Path(path).is_dir():
+        yield Path(path)
+        return
+    for seen, file in zip(count(), below(Path(path)), strict=False):
+        if seen == MOST_FILES:
+            raise Invalid(f"data.path={path}: has more than {MOST_FILES} files; a folder or a file in it would do")
+        yield file
+
+
+def below(folder: Path) -> Iterator[Path]:
+    """Every file below a folder, sorted, found as they are asked for."""
+    waiting = [folder]
+    while waiting:
+        path = waiting.pop()
+        try:
+            if path.is_dir() and (path == folder or not path.is_symlink()):
+                waiting += sorted(path.iterdir(), reverse=True)
+            elif path.is_file():
+                yield path
+        except OSError as error:
+            raise FileFault(f"{path}: {error.strerror}") from None
+
+
+def array(file: Path) -> tuple[list[Part], np.dtype]:
+    """What a 1-D integer .npy file holds: where, and of which type."""
+    size = size_of(file)
+    try:
+        with open(file, "rb") as content:
+            if (version := npy.read_magic(content)) != (1, 0):  # others are for headers that no array of numbers has
+                raise ValueError(f"version {version}")
+            shape, _, dtype = npy.read_array_header_1_0(content)
+            offset = content.tell()
+    except Exception as error:  # of a parser that was given anything
+        raise FileFault(f"{file}: cannot be read as .npy ({error})") from None
+    if dtype.hasobject:
+        raise FileFault(f"{file}: an array of Python objects, which can run any code, and 1-D integers are needed")
+    if len(shape) != 1 or dtype.kind not in "iu":
+        raise FileFault(f"{file}: {len(shape)}-D {dtype}, and 1-D integers are needed")
+    if not 0 <= shape[0] * dtype.itemsize <= size - offset:
+        raise FileFault(f"{file}: is shorter than it says")
+    return [Part(file, offset, shape[0])], dtype
