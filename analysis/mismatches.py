@@ -4,10 +4,10 @@ import csv
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from analysis.accounts.comparison import PHASES
 from analysis.reading import Sweep
 from conf.columns import KINDS
 
-PHASES = {"forward": ("forward",), "backward": ("recompute", "backward"), "optimizer": ("optimizer",)}
 MOST = 4  # columns that a sentence names
 
 

@@ -15,10 +15,11 @@ import pandas as pd
 
 from analysis import UserError, sources, symbols
 from analysis.accounts import account_of, none_of, predicted
+from analysis.accounts.comparison import PHASES, compared
 from analysis.accounts.letters import Letters
 from analysis.accounts.sent import SHORT, Sent, total
 from analysis.looks import colour
-from analysis.mismatches import PHASES, mismatches
+from analysis.mismatches import mismatches
 from analysis.plots import PLOTS, draw_all, front_of, longest
 from analysis.race import race, verdict
 from analysis.reading import Sweep, load
@@ -106,7 +107,7 @@ def audit_all(sweep: Sweep) -> list[Audit]:
         if row.run_id in sweep.configs and row.run_id in sweep.comm:
             config = sweep.configs[row.run_id]
             try:
-                lines = predicted(config)
+                lines = predicted(config, sweep.records[row.run_id].get("busiest_rank"))
             except UserError as error:
                 sweep.problems.append(str(error))
                 continue
@@ -116,24 +117,9 @@ def audit_all(sweep: Sweep) -> list[Audit]:
 
 
 def audit(row: pd.Series, config: Config, lines: list[Sent], comm: list[dict]) -> Audit:
-    table, faults = [], []
-    for phase, phases in PHASES.items():
-        for kind, short in SHORT.items():
-            derived = [line for line in lines if line.phase in phases and line.kind == kind]
-            counted = [entry for entry in comm if entry["phase"] in phases and entry["kind"] == kind]
-            if not derived and not counted:
-                continue
-            calls = sum(line.calls for line in derived), sum(entry["calls"] for entry in counted)
-            sizes = sum(line.bytes for line in derived), sum(entry["sent_bytes"] for entry in counted)
-            exact = calls[0] == calls[1] and abs(sizes[0] - sizes[1]) <= len(counted)  # each entry is a rounded number
-            table.append(
-                {"phase": phase, "kind": short, "calls": calls, "bytes": (round(sizes[0]), sizes[1]), "exact": exact}
-            )
-            if not exact:
-                faults.append(
-                    f"{phase} {kind} was derived as {calls[0]} calls of {sizes[0]:,.0f} bytes in all and counted as "
-                    f"{calls[1]} calls of {sizes[1]:,} bytes"
-                )
+    found = compared(lines, comm)
+    table = [{**vars(each), "kind": SHORT[each.kind], "bytes": (round(each.bytes[0]), each.bytes[1])} for each in found]
+    faults = [str(each) for each in found if not each.exact]
     kept = kept_by(row, config) if config.workload == "step" else []
     return Audit(row.run_id, row.label, row.strategy, int(row.seq_len), table, kept, total(lines), faults)
 

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from conf.keys import MISSING, Config, keys, plain
-from conf.measurement import Entry, Measured, percentile
+from conf.measurement import NOISY, Entry, Measured, percentile, worst
 
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "p2p")
 COMM_COLUMNS = [entry.name for entry in fields(Entry) if entry.name != "weights"]
@@ -23,7 +23,7 @@ class Column:
 
     of: its value in what was measured; None where somebody else writes it. head: its heading where tables show it, in
     units of `scale`, as `form` has it; in_terminal: there too, or in the report alone. timed: it needs a clock. in_csv:
-    or in record.json alone.
+    or in record.json alone. doubt: the column that is true where this value is to be shown as ~value.
     """
 
     name: str
@@ -36,19 +36,27 @@ class Column:
     in_terminal: bool = True
     timed: bool = False
     in_csv: bool = True
+    doubt: str = ""
 
     def text(self, row: Mapping) -> str:
         """The row's value as tables show it; nothing where it has none."""
         value = row.get(self.name)
         if value is None or value != value:
             return ""
-        return self.form.format(value / self.scale if self.scale != 1 else value)
+        doubted = str(row.get(self.doubt)) == "True"
+        return "~" * doubted + self.form.format(value / self.scale if self.scale != 1 else value)
 
 
 def clock(
-    name: str, unit: str, says: str, of: Callable[[Measured], Any], head: str = "", form: str = "{:,.4g}"
+    name: str,
+    unit: str,
+    says: str,
+    of: Callable[[Measured], Any],
+    head: str = "",
+    form: str = "{:,.4g}",
+    doubt: str = "",
 ) -> Column:
-    return Column(name, unit, says, of, head, form, timed=True)
+    return Column(name, unit, says, of, head, form, timed=True, doubt=doubt)
 
 
 def bytes_of(
@@ -80,9 +88,10 @@ MEASURED = [
     Column("device_name", "", "of the processor, or of the simulated cluster", lambda m: m.first.device_name),
     Column("backend", "", "of the collectives", lambda m: m.first.backend),
     # Times: of the slowest rank of each step, medians over the timed steps.
-    clock("step_ms_median", "ms", "a step", lambda m: m.step_ms, "step ms", "{:,.1f}"),
+    clock("step_ms_median", "ms", "a step; ~ where noisy", lambda m: m.step_ms, "step ms", "{:,.1f}", "noisy"),
     clock("step_ms_p10", "ms", "of the steps, the 10th percentile", lambda m: percentile(m.laps["step"], 0.1)),
     clock("step_ms_p90", "ms", "of the steps, the 90th percentile", lambda m: percentile(m.laps["step"], 0.9)),
+    clock("noisy", "", f"do steps, or rounds, spread (p10 to p90) over {NOISY:.0%} of their median", lambda m: m.noisy),
     clock("forward_ms", "ms", "forward", lambda m: median(m.laps["forward"])),
     clock("backward_ms", "ms", "backward", lambda m: median(m.laps["backward"])),
     clock("optimizer_ms", "ms", "clipping, AdamW, new weights sent", lambda m: median(m.laps["optimizer"])),
@@ -116,6 +125,7 @@ MEASURED = [
         "matrix products, and the query-key pairs that a causal mask lets through, of the rank that does most",
         lambda m: m.flops,
     ),
+    Column("analytic_flops_per_rank", "FLOP", "what the strategy's account says of it", lambda m: m.derived_flops),
     clock("tflops_per_rank", "TFLOP/s", "flops_per_rank over the step's time", lambda m: m.tflops),
     clock(
         "mfu", "", "tflops_per_rank over the GPU's peak", lambda m: m.tflops / m.peak_tflops if m.peak_tflops else None
@@ -149,6 +159,7 @@ MEASURED = [
     bytes_of("comm_bytes_params", "of these, weights and their gradients", lambda m: m.sent(weights=True)),
     bytes_of("comm_bytes_activations", "activations and theirs", lambda m: m.sent(weights=False)),
     bytes_of("analytic_comm_bytes", "what the strategy's account says that it sends", lambda m: m.derived_bytes),
+    Column("busiest_rank", "", "whose bytes these are, and the calls below, and comm.csv", lambda m: m.busiest.rank),
     *(
         Column(f"calls_{kind}", "", f"calls of {kind} in a step", lambda m, kind=kind: m.calls(kind))  # type: ignore[misc]
         for kind in KINDS
@@ -164,13 +175,13 @@ MEASURED = [
     Column(
         "relative_error",
         "",
-        "of workload=attention: how far output or gradients are from one process', at most",
-        lambda m: max(m.first.errors.values(), default=None),
+        "of workload=attention: how far output or gradients are from one process', at most, on any rank",
+        lambda m: max(m.errors.values(), key=worst, default=None),
     ),
     Column("mode_seconds", "s", "how long the ranks of the row took in all", lambda m: m.seconds),
     Column("torch_version", "", "", lambda m: m.first.torch_version),
     Column("losses", "nats", "of every step", lambda m: m.first.losses, in_csv=False),
-    Column("errors", "", "of the output and each gradient", lambda m: m.first.errors, in_csv=False),
+    Column("errors", "", "of the output and each gradient", lambda m: m.errors, in_csv=False),
     Column("round_ms", "ms", "a step, of each round", lambda m: m.round_ms, timed=True, in_csv=False),
 ]
 WHERE_FROM = [

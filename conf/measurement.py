@@ -7,6 +7,7 @@ from statistics import median
 
 from conf.keys import Config
 
+NOISY = 0.2  # a spread from the 10th to the 90th percentile, over the median
 LAPS = ("forward", "backward", "optimizer", "step")
 
 
@@ -64,7 +65,11 @@ class Rank:
     device_name: str | None
     backend: str
     torch_version: str
+    rank: int = 0
     losses: list[float] = field(default_factory=list)
+    loss_shares: list[float] = field(default_factory=list)  # this rank's: those of different tokens add up to the loss
+    token_shares: list[float] = field(default_factory=list)  # of the labels that count in a step, this rank's
+    labels: float = 0.0  # how many the first step has, those that come often counting for more (1 / sum of p^2)
     steps: list[Step] = field(default_factory=list)
     ideal: list[float] = field(
         default_factory=list
@@ -92,7 +97,8 @@ class Measured:
 
     config: Config
     rounds: list[Round]
-    derived_bytes: int | None = None  # what the account of the strategy says that it sends
+    derived_bytes: int | None = None  # what the account of the strategy says that the busiest rank sends
+    derived_flops: int | None = None  # and what the one that does most computes
     seconds: float | None = None  # how long its ranks took
     peak_tflops: float | None = None  # of the device, in this precision
 
@@ -146,6 +152,17 @@ class Measured:
         return [median(slowest(each.ranks, "step")) for each in self.rounds]
 
     @property
+    def noisy(self) -> bool:
+        """Do steps, or rounds, differ so much that their median says little?"""
+        return any(spread(times) > NOISY for times in (self.laps["step"], self.round_ms))
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """Of workload=attention, each that of the rank that is farthest off."""
+        names = dict.fromkeys(name for rank in self.ranks for name in rank.errors)
+        return {name: max((rank.errors.get(name, 0.0) for rank in self.ranks), key=worst) for name in names}
+
+    @property
     def ideal(self) -> list[float]:
         return [ms for each in self.rounds for ms in each.ranks[0].ideal]
 
@@ -177,6 +194,15 @@ class Measured:
 def slowest(ranks: list[Rank], lap: str) -> list[float]:
     """Of every step, the rank that took longest."""
     return [max(getattr(step, lap) for step in of_ranks) for of_ranks in zip(*(r.steps for r in ranks), strict=True)]
+
+
+def worst(error: float) -> float:
+    """To sort by: what is no number is worse than any."""
+    return error if error == error else float("inf")
+
+
+def spread(values: list[float]) -> float:
+    return (percentile(values, 0.9) - percentile(values, 0.1)) / median(values)
 
 
 def percentile(values: list[float], share: float) -> float:

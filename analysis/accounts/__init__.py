@@ -33,18 +33,29 @@ def none_of(name: str) -> str:
     return f"{name} has no account: {file_of(name)} would be it"
 
 
-def predicted(config: Config) -> list[Sent] | None:
-    """What a resolved configuration sends in a step; None for a strategy that has no account."""
+def predicted(config: Config, rank: int | None = None) -> list[Sent] | None:
+    """What a rank of a resolved configuration sends in a step, or the busiest; None without an account."""
     account = account_of(config.strategy.name)
     if account is None:
         return None
-    letters = Letters.of(config)
+    letters = Letters.of(config, rank)
     if config.workload == "attention":
         return account.of_attention(letters, config.direction == "forward_backward")
     return account.of_step(letters)
 
 
-def step_bytes(config: Config) -> int | None:
-    """The bytes that the busiest rank sends in a step of a resolved configuration; None without an account."""
-    lines = predicted(config)
+def step_flops(config: Config, rank: int | None = None) -> int | None:
+    """The FLOPs of a rank of a resolved configuration, or of the one that does most; None without an account."""
+    account = account_of(config.strategy.name)
+    if account is None:
+        return None
+    letters = Letters.of(config, rank)
+    if config.workload == "attention":
+        return round(account.flops_of_attention(letters, config.direction == "forward_backward"))
+    return round(account.flops_of_step(letters))
+
+
+def step_bytes(config: Config, rank: int | None = None) -> int | None:
+    """The bytes that a rank of a resolved configuration sends in a step, or the busiest; None without an account."""
+    lines = predicted(config, rank)
     return None if lines is None else round(total(lines))

@@ -7,7 +7,7 @@ name>.py`: a prediction must not be computed by the code that it judges. Whateve
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from analysis.accounts import weights
+from analysis.accounts import flops, weights
 from analysis.accounts.letters import WIDE, Amount, Letters
 from analysis.accounts.published import Published
 from analysis.accounts.sent import Sent, something
@@ -27,8 +27,9 @@ class Account:
 
     linears: what a block exchanges around its matrices. attention: between its projections, and kept_in_attention the
     bytes that it keeps there. ends: what the embedding, the head and the loss exchange. groups: the blocks' weights, as
-    they travel together. whole_norms: does a norm see all tokens of a tp group, not 1/tp of them. rows: those of the
-    table, variant -> the letters that it changes; a word stands for its symbol.
+    they travel together. pairs: of a query and a key, that a rank computes. whole_norms: does a norm see all tokens of
+    a tp group, not 1/tp of them. rows: those of the table, variant -> the letters that it changes; a word stands for
+    its symbol.
     """
 
     linears: tuple[Exchange, ...] = ()
@@ -36,6 +37,7 @@ class Account:
     ends: Exchange = lambda s: []
     kept_in_attention: Callable[[Letters], Amount] = kept_by_kernel
     groups: Callable[[Letters], list[Group]] = weights.of_blocks
+    pairs: Callable[[Letters], Amount] = flops.pairs
     whole_norms: bool = False
     rows: Mapping[str, Mapping[str, object]] = field(default_factory=lambda: {"": {}})
     published: tuple[Published, ...] = ()
@@ -61,6 +63,15 @@ class Account:
         """workload=attention: what is exchanged between the projections of one block."""
         phases = ("forward", "backward") if backward else ("forward",)
         return something(line for part in self.attention for line in part(s) if line.phase in phases)
+
+    def flops_of_step(self, s: Letters) -> Amount:
+        """What a rank computes in a step, forward and backward; what is run again does not count."""
+        head = weights.of_ends(s)[-1]
+        return flops.of_matrices([*self.groups(s), head], s) + s.layers * self.flops_of_attention(s, backward=True)
+
+    def flops_of_attention(self, s: Letters, backward: bool) -> Amount:
+        """workload=attention: what it computes between the projections of one block."""
+        return (flops.PAIR + backward * flops.PAIR_BACKWARD) * s.K * self.pairs(s)
 
     def saved_by_block(self, s: Letters) -> Amount:
         """Bytes that a block keeps for its backward.

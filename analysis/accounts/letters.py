@@ -3,12 +3,14 @@
 The formulas are plain arithmetic on them. Of numbers they make bytes, of symbols the expressions of the printed table.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
 from numbers import Real
 from typing import Any
 
 from conf.keys import Config
+from conf.meshes import place
 
 Amount = Any  # a number, or an expression of sympy's
 BYTES = {"fp32": (4, 4), "bf16": (2, 2), "bf16_mixed": (4, 2)}  # of a weight (and its gradient), of an activation
@@ -20,11 +22,16 @@ def whole(x: Amount) -> Amount:
     return ceil(x) if isinstance(x, Real) else x
 
 
+def part(n: Amount, ways: Amount, at: Mapping[str, int] | None, axis: str) -> Amount:
+    """Of n things in parts that differ by one at most, that of a rank on this axis, or the largest."""
+    return whole(n / ways) if at is None else n * (at[axis] + 1) // ways - n * at[axis] // ways
+
+
 @dataclass
 class Letters:
-    """One configuration in the letters of the formulas, on the rank with the most sequences."""
+    """One configuration in the letters of the formulas, on one rank: where it is `at`, or one that has most of all."""
 
-    B: Amount  # sequences of a dp rank
+    B: Amount  # sequences of this rank
     L: Amount  # tokens of a sequence
     d: Amount
     i: Amount
@@ -51,15 +58,18 @@ class Letters:
     gather_kv: bool = False
     tied: bool = False
     clipping: bool = True
+    layout: str = "zigzag"
+    at: Mapping[str, int] | None = None  # its place along each axis, and along `zero`
 
     @classmethod
-    def of(cls, config: Config) -> "Letters":
-        """The numbers of a resolved configuration."""
+    def of(cls, config: Config, rank: int | None = None) -> "Letters":
+        """The numbers of a resolved configuration, of this rank."""
         model, mesh = config.model, config.mesh
         dp, tp, ulysses, ring = (degree or 1 for degree in (mesh.dp, mesh.tp, mesh.ulysses, mesh.ring))
         e_w, e = BYTES[config.precision]
+        at = None if rank is None else place(config, rank)
         return cls(
-            B=max(1, ceil(config.batch_size / dp)),
+            B=max(1, part(config.batch_size, dp, at, "dp")),
             L=config.seq_len,
             d=model.dim,
             i=model.ffn_dim,
@@ -86,6 +96,8 @@ class Letters:
             gather_kv=config.ring.kv == "all_gather",
             tied=model.tie_embeddings,
             clipping=config.optim.grad_clip is not None,
+            layout=config.ring.layout,
+            at=at,
         )
 
     @property
@@ -122,6 +134,15 @@ class Letters:
     def forwards(self) -> tuple[str, ...]:
         """The phases in which a block's forward runs."""
         return ("forward", "recompute") if self.recompute else ("forward",)
+
+    def columns(self, n: Amount, ways: Amount) -> Amount:
+        """A tp rank's part of n columns, cut in so many ways."""
+        return part(n, ways, self.at, "tp")
+
+    def shard(self, rows: Amount) -> Amount:
+        """A rank's rows of a weight that FSDP2 has cut: equal parts, and the last ones what is left."""
+        chunk = whole(rows / self.sharing)
+        return chunk if self.at is None else max(0, min(chunk, rows - self.at["zero"] * chunk))
 
     def pieces(self, chunks: int, tp: Amount) -> tuple[int, Amount]:
         """How many pieces a rank's 1/tp of the tokens is cut into, at most `chunks`; which part the last one is."""

@@ -38,7 +38,7 @@ def attention_weights(s: Letters) -> list[Weight]:
 
 
 def mlp_weights(s: Letters, tp: Amount) -> list[Weight]:
-    wide = whole(s.i / tp)
+    wide = s.columns(s.i, tp)
     return [Weight(wide, s.d, "tp"), Weight(wide, s.d, "tp"), Weight(s.d, wide, "tp")]
 
 
@@ -49,7 +49,7 @@ def of_blocks(s: Letters) -> list[Group]:
 
 def of_ends(s: Letters) -> list[Group]:
     """The embedding; the head with the last norm."""
-    table = Weight(whole(s.V / s.tp), s.d, "tp")
+    table = Weight(s.columns(s.V, s.tp), s.d, "tp")
     if s.tied:
         return [Group([table, norm(s)], s.sharing)]
     return [Group([table], s.sharing), Group([table, norm(s)], s.sharing)]
@@ -96,9 +96,13 @@ def buffers(groups: list[Group], s: Letters) -> list[tuple[Amount, Amount]]:
 
 def summed_over_tp(s: Letters, split_norms: bool) -> list[Sent]:
     """At a step's end, in fp32: gradients of the norms and of shared kv heads, of which each tp rank has a part."""
-    cut = s.sharing if s.stage else 1  # where ZeRO has sharded them already
-    norms = (2 * s.layers + 1) * whole(s.d / cut) if split_norms else 0
-    shared = s.layers * whole(2 * s.K * s.d / cut)
+    n_norms, heads = 2 * s.layers + 1, 2 * s.layers
+    if s.stage >= 2:  # ZeRO has sharded them already, each by itself
+        norms, shared = n_norms * s.shard(s.d), heads * s.shard(s.K) * s.d
+    else:  # or all together, in one buffer that is padded to equal parts
+        parts = s.sharing if s.stage == 0 else 1
+        norms, shared = (parts * whole(n / s.sharing) for n in (n_norms * s.d, heads * s.K * s.d))
+    norms = norms if split_norms else 0
     return [
         all_reduce("backward", s.tp, norms * WIDE, "norms", weights=True),
         all_reduce("backward", s.kv_shared, shared * WIDE, "kv heads", weights=True),

@@ -1,32 +1,174 @@
-"""Why a measurement cannot be right, where it cannot: such a row must not look like a result."""
+"""Why a measurement cannot be right, where it cannot: such a row must not look like a result.
 
+Every rank's numbers count. What ranks hold alike is compared, what they hold parts of is added up, and what a
+strategy's account foretells of a rank is held against what that rank has counted.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any
+from itertools import product
+from math import exp, isclose, isfinite, log, log1p, sqrt
+from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from analysis.accounts import predicted, step_flops
+from analysis.accounts.comparison import compared
 from conf.groups import HERE
+from conf.keys import Config, ModelConfig
+from conf.measurement import Measured, Rank, worst
+from conf.meshes import place
 
 CLOSE = {"fp32": 1e-4, "bf16": 0.03, "bf16_mixed": 0.03}  # of two ways to compute the same
+SAME = 1e-4  # of two sums of the same numbers, which are fp32 in every precision
+EXACT = 1e-12  # of whole numbers that a formula has made in floating point
+SIGMAS = 6  # how far a random number goes from its mean: further once in 10^9 times
+WEIGHT_STD = 0.02  # of a random initial matrix (bench/workloads/build.py)
 
 
-def implausible(row: dict[str, Any]) -> str | None:
-    """A loss that is no number, ranks that sent nothing, more operations than the device can do."""
-    lost = [loss for loss in row["losses"] if not abs(loss) < float("inf")]
-    if lost:
-        return f"the loss is not finite at step {row['losses'].index(lost[0]) + 1}"
-    if row["world_size"] > 1 and row["comm_bytes"] == 0 and row["analytic_comm_bytes"] != 0:
-        return f"{row['world_size']} ranks ran and sent nothing"
-    if (row.get("mfu") or 0) > 1:
-        return f"{row['tflops_per_rank']:.0f} TFLOPS is more than the device can do"
-    return None
+def faults(found: Measured) -> Iterator[str]:
+    """What cannot be right, a sentence each, what tells most first."""
+    for each in found.rounds:
+        yield from of_losses(found.config, each.ranks)
+    if found.derived_bytes is not None:
+        yield from of_counts(found)
+    elif found.config.world_size > 1 and found.sent() == 0:
+        yield f"{found.config.world_size} ranks ran and sent nothing"
+    if found.timed:
+        yield from of_speed(found)
 
 
-def inaccurate(row: dict[str, Any]) -> str | None:
+# Losses.
+
+
+def of_losses(config: Config, ranks: Sequence[Rank]) -> Iterator[str]:
+    """Of ranks that trained together: what each made of its tokens, and what they have as the loss of all."""
+    trained = [rank for rank in ranks if rank.losses]
+    steps = range(len(trained[0].losses)) if trained else ()
+    for step, rank in product(steps, trained):
+        if not isfinite(rank.loss_shares[step]):
+            yield f"the loss of rank {rank.rank} is not finite at step {step + 1}"
+    places = {rank.rank: place(config, rank.rank) for rank in trained}
+    firsts = [rank for rank in trained if places[rank.rank]["tp"] == 0]  # the others have the tokens of one of these
+    for step in steps:
+        for rank in trained:
+            first = firsts[places[rank.rank]["zero"]]
+            ours, theirs = ((r.loss_shares[step], r.token_shares[step]) for r in (rank, first))
+            if not all(map(same, ours, theirs)):
+                yield (
+                    f"rank {rank.rank} and rank {first.rank} have the same tokens, and at step {step + 1} they make "
+                    f"{ours[0]:.6g} and {theirs[0]:.6g} of the loss"
+                )
+        loss, tokens = sum(rank.loss_shares[step] for rank in firsts), sum(rank.token_shares[step] for rank in firsts)
+        if tokens and not same(tokens, 1):
+            yield f"at step {step + 1} the ranks have {tokens:.6g} of the tokens that count"
+        for rank in trained:
+            if not same(rank.losses[step], loss):
+                yield (
+                    f"rank {rank.rank} has {rank.losses[step]:.6g} as the loss of step {step + 1}, and the ranks' "
+                    f"parts of it add up to {loss:.6g}"
+                )
+    if config.model.name != "hf":  # whose weights are no random ones
+        yield from of_first_losses(config.model, trained)
+
+
+def same(one: float, other: float) -> bool:
+    return isclose(one, other, rel_tol=SAME)
+
+
+def of_first_losses(model: ModelConfig, ranks: Sequence[Rank]) -> Iterator[str]:
+    for rank in ranks:
+        if rank.token_shares[0] == 0:
+            continue
+        mean = rank.loss_shares[0] / rank.token_shares[0]
+        low, high = first_loss(model, rank.labels)
+        if not low <= mean <= high:
+            yield (
+                f"rank {rank.rank} begins with a mean loss of {mean:.6g}, and random weights make {max(0, low):.3g} to "
+                f"{high:.3g} of model.vocab_size={model.vocab_size}"
+            )
+
+
+def first_loss(model: ModelConfig, labels: float) -> tuple[float, float]:
+    """Between which values the mean loss of a model with random weights lies.
+
+    A token's logits are products of its last norm's output x, |x|^2 <= dim, with the head's rows, N(0, 0.02): each is
+    N(0, s^2), s = 0.02 sqrt(dim). The loss is log sum exp(logits) - the label's logit. The mean of the first is between
+    log V and log V + s^2 / 2 (Jensen), that of the second is 0. As a function of the head, the mean over tokens is
+    Lipschitz, and so as far from its own mean as a normal variable of deviation s |p - y| may be: p are the tokens'
+    softmaxes, with squares that sum to exp(s^2) / V (at most 1), y the frequencies of the labels, with squares that
+    sum to 1 / labels. Tied embeddings add a logit that knows the token: s sqrt(dim) times the cosine of x and the
+    token's embedding, in a residual stream to which every MLP adds ffn_dim s^4 / 4 times as much.
+    """
+    s = WEIGHT_STD * sqrt(model.dim)
+    even = log(model.vocab_size)
+    slack = SIGMAS * s * (sqrt(min(1, exp(s**2) / model.vocab_size)) + 1 / sqrt(labels))
+    low, high = even - slack, even + s**2 / 2 + slack
+    if model.tie_embeddings:
+        own = 1.5 * s * sqrt(model.dim / (1 + model.n_layers * model.ffn_dim * s**4 / 4))
+        low, high = low - own, high + max(0, own - even) + log1p(exp(-abs(own - even)))
+    return low, high
+
+
+# Counts.
+
+
+def of_counts(found: Measured) -> Iterator[str]:
+    """What each rank sent and computed, against its strategy's account."""
+    for rank in found.ranks:
+        counted = [vars(entry) for entry in rank.comm]
+        for each in compared(predicted(found.config, rank.rank) or (), counted):
+            if not each.exact:
+                yield f"rank {rank.rank}: {each}"
+        derived = step_flops(found.config, rank.rank)
+        if derived is not None and not isclose(rank.flops, derived, rel_tol=EXACT):
+            yield f"rank {rank.rank}: {derived:,} FLOP were derived and {rank.flops:,} counted"
+
+
+# Attention.
+
+
+def inaccurate(ranks: Sequence[Rank], precision: str) -> str | None:
     """What of attention alone is not what one process computes, beyond its precision."""
-    wrong = [name for name, error in row["errors"].items() if not error < CLOSE[row["precision"]]]
-    verb, worst = "is" if len(wrong) == 1 else "are", max(row["errors"].values(), default=0)
-    return f"wrong: {', '.join(wrong)} {verb} up to {worst:.0%} away from one process'" if wrong else None
+    wrong = {name: rank for rank in ranks for name, error in rank.errors.items() if not error < CLOSE[precision]}
+    if not wrong:
+        return None
+    rank = max(wrong.values(), key=lambda rank: max(map(worst, rank.errors.values())))
+    verb, most = "is" if len(wrong) == 1 else "are", max(rank.errors.values(), key=worst)
+    return f"wrong: {', '.join(wrong)} {verb} up to {most:.2%} away from one process', on rank {rank.rank} most"
+
+
+# Speed.
+
+
+def of_speed(found: Measured) -> Iterator[str]:
+    limit = most_tflops(found.config, found.first.device_name)
+    if limit is not None and found.tflops > limit:
+        yield f"{found.tflops:,.3g} TFLOP/s is more than the device can do, which is {limit:,.3g} at most"
+
+
+def most_tflops(config: Config, device_name: str | None) -> float | None:
+    """What a rank cannot exceed; None for an unknown GPU. A GPU's fp32 is slower than its 16 bits."""
+    if config.device == "cuda":
+        return peak_tflops_of(device_name or "", "bf16")
+    return most_tflops_of_cpu(config.precision)
+
+
+GHZ = 7  # no core's clock is faster
+FLOP_A_CYCLE = {  # of a core, by what /proc/cpuinfo says that it has: two units for products and sums, lanes, 2 FLOP
+    "amx_bf16": {"fp32": 64, "bf16": 2048},
+    "avx512f": {"fp32": 64, "bf16": 256},
+    "avx2": {"fp32": 32, "bf16": 128},
+    "": {"fp32": 128, "bf16": 2048},  # another architecture
+}
+
+
+def most_tflops_of_cpu(precision: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> float:
+    """Of all cores together. Generous: it is what is wrong by orders of magnitude that it finds."""
+    has = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    flop = next(flop for flag, flop in FLOP_A_CYCLE.items() if flag in has or not flag)
+    return (os.cpu_count() or 1) * GHZ * flop["fp32" if precision == "fp32" else "bf16"] / 1000
 
 
 @cache

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 
 from analysis import UserError
-from analysis.accounts import step_bytes
+from analysis.accounts import step_bytes, step_flops
 from bench.app import here, judge, records
 from bench.app.job import Job
 from bench.app.records import Row
@@ -57,10 +57,10 @@ def run(job: Job, rerun: str, launcher: Launcher, rounds: list[Round] | None = N
         if outcome.traceback:
             row["traceback"] = outcome.traceback
         if outcome.status == "ok":
-            derived = derived_bytes(resolved)
-            found = Measured(config, rounds, derived, outcome.seconds, peak_tflops(config, rounds))
+            found = Measured(config, rounds, seconds=outcome.seconds, peak_tflops=peak_tflops(config, rounds))
+            put_derived(resolved, found)
             row |= {**measured(found), "reason": "; ".join(resolved.notes)}
-            row |= judged(row) or fit(config, row, launcher)
+            row |= judged(found, row["reason"]) or fit(config, row, launcher)
             comm = found.busiest.comm
     row |= {**where_from, "seconds": round(time.time() - started, 3)}
     records.save(folder, row, comm, replaced)
@@ -90,13 +90,13 @@ def launched(config: Config, traces: str, launcher: Launcher, rounds: list[Round
     return outcome
 
 
-def derived_bytes(resolved: Resolved) -> int | None:
-    """What the strategy's account says that it sends; a note if it cannot be read."""
+def put_derived(resolved: Resolved, found: Measured) -> None:
+    """What the strategy's account says that the ranks send and compute; a note if it cannot be read."""
     try:
-        return step_bytes(resolved.config)
+        found.derived_bytes = step_bytes(resolved.config, found.busiest.rank)
+        found.derived_flops = max(step_flops(resolved.config, rank.rank) or 0 for rank in found.ranks) or None
     except UserError as error:
         resolved.notes.append(str(error))
-        return None
 
 
 def peak_tflops(config: Config, rounds: list[Round]) -> float | None:
@@ -104,12 +104,12 @@ def peak_tflops(config: Config, rounds: list[Round]) -> float | None:
     return judge.peak_tflops_of(device_name, config.precision) if config.device == "cuda" and device_name else None
 
 
-def judged(row: Row) -> Row:
+def judged(found: Measured, noted: str) -> Row:
     """What is to be said of a row that is wrong; a peer's is still a row."""
-    if (fault := judge.implausible(row)) is not None:
+    if (fault := next(judge.faults(found), None)) is not None:
         return {"status": "error", "reason": fault}
-    if (wrong := judge.inaccurate(row)) is not None:
-        return {"status": "ok" if row["strategy"] in PEERS else "error", "reason": joined(wrong, row["reason"])}
+    if (wrong := judge.inaccurate(found.ranks, found.config.precision)) is not None:
+        return {"status": "ok" if found.config.strategy.name in PEERS else "error", "reason": joined(wrong, noted)}
     return {}
 
 

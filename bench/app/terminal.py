@@ -16,6 +16,7 @@ from conf.columns import MEASURED
 from conf.groups import written
 from conf.keys import Key
 from conf.labels import swept, text, title, where
+from conf.measurement import NOISY
 
 console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True, highlight=False, markup=False)
 
@@ -74,6 +75,8 @@ def print_table(rows: list[Row], name: str) -> None:
     for line in lines:
         table.add_row(*(line.get(head, "") for head in heads))
     console.print(table)
+    if any(row.get("noisy") for row in rows):
+        console.print(f"~ times are noisy: steps, or rounds, spread (p10 to p90) over {NOISY:.0%} of their median")
     if all(row["mode"] == "simulate" for row in rows):
         console.print("mode=simulate has no clock yet: times are left empty")
     for row in rows:

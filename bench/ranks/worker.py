@@ -133,6 +133,8 @@ def run_steps(task: Task, progress: Callable[[str], None]) -> Rank:
     workload, batch_of = build(config)
     watch = Stopwatch(config.device)
     shares: list[torch.Tensor] = []
+    token_shares: list[float] = []
+    labels = 0.0
     total = config.warmup + config.steps
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -150,12 +152,15 @@ def run_steps(task: Task, progress: Callable[[str], None]) -> Rank:
             workload.time_the_whole()
         else:
             shares.append(result.detach())
+            token_shares.append(batch.share)
+            labels = batch.labels_by_weight() if step == 0 else labels
         progress(f"step {step + 1}/{total}")
     found: dict[str, Any] = {"steps": watch.steps()[config.warmup :]}
     if isinstance(workload, AttentionAlone):
         found["ideal"] = workload.ideal_ms()[config.warmup :]
     elif not made_up:
         found["losses"] = workload.global_loss(torch.stack(shares))
+        found |= {"loss_shares": torch.stack(shares).tolist(), "token_shares": token_shares, "labels": labels}
     allocated = torch.cuda.max_memory_allocated() if on_gpu else None
     found["reserved"] = torch.cuda.max_memory_reserved() if on_gpu else None
     if isinstance(workload, Training) and config.save_path is not None and not made_up:
@@ -183,6 +188,7 @@ def measured(observed: Observed, **found: Any) -> Rank:
         after_forward=observed.after_forward,
         backend=dist.get_backend() if dist.is_initialized() else "none",
         torch_version=torch.__version__,
+        rank=dist.get_rank() if dist.is_initialized() else 0,
         **found,
     )
 

@@ -42,12 +42,17 @@ def simulate(config: Config, progress: Callable[[str], None], known: bool = Fals
         progress(f"{depth} of {n_layers} layers")
         return step_of(config, depth)
 
-    if config.workload == "step" and not config.full_depth and n_layers > DEPTHS[-1]:
+    if config.workload == "step" and not config.full_depth and n_layers > DEPTHS[-1] and not padded(config):
         *base, third = DEPTHS
         short, longer = (of_depth(depth) for depth in base)
         if known or foretold(extrapolated(short, longer, third), of_depth(third)):
             return extrapolated(short, longer, n_layers), True
     return of_depth(n_layers), False
+
+
+def padded(config: Config) -> bool:
+    """Below stage 2 ZeRO pads the whole model's weights to equal parts: every layer may add another remainder."""
+    return config.zero_stage < 2 and config.model.dim % config.world_size != 0
 
 
 def alike_once(seen: Instruments, axis: Axis, layout: str) -> Iterator[int]:

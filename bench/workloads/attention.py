@@ -15,7 +15,7 @@ from bench.instruments.timing import Stopwatch
 from conf.keys import ModelConfig
 from strategies.base import Strategy
 from strategies.ops.kernels import attend
-from strategies.ops.mesh import Axis
+from strategies.ops.mesh import Axis, neighbours
 
 
 class AttentionAlone:
@@ -42,6 +42,8 @@ class AttentionAlone:
         ]  # q, k, v and the output's gradient
         q, k, v, self.grad = (self.part(whole) for whole in self.whole)
         self.qkv = [t.requires_grad_(backward) for t in (q, k, v)]
+        self.shapes = {"output": q_shape, "grad of q": q_shape, "grad of k": kv_shape, "grad of v": kv_shape}
+        self.replicas = neighbours(self.mesh, max(1, self.mesh.tp.size // config.n_kv_heads))  # they share a kv head
         if not self.times_the_whole:
             self.whole = []
         self.watch = Stopwatch(self.device)
@@ -92,7 +94,7 @@ class AttentionAlone:
             dist.barrier()
 
     def errors(self) -> dict[str, float]:
-        """How far this rank's output and gradients are from its part of the whole ones, where it has those.
+        """How far this rank's output and gradients are from its part of the whole ones, which one rank has.
 
         As root mean squares, relative to the whole's: a part may be zero but for rounding, as is the gradient of the
         first query, which sees one key.
@@ -101,13 +103,15 @@ class AttentionAlone:
         self.backward(out)
         found = self.results(out, self.qkv)
         self.update()
-        if self.truth and self.mesh.tp.size > self.whole[1].shape[2]:  # then neighbours share a kv head
-            found = {name: t for name, t in found.items() if name not in ("grad of k", "grad of v")}
-        return {
-            name: rms(found[name].double() - self.part(whole).double()) / rms(whole.double())
-            for name, whole in self.truth.items()
-            if name in found
-        }
+        errors = {}
+        for name, mine in found.items():
+            if name in ("grad of k", "grad of v") and self.replicas.size > 1:  # each has its queries' part
+                dist.all_reduce(mine := mine.float(), group=self.replicas.group)
+            whole = self.truth[name].float() if self.truth else torch.empty(self.shapes[name], device=self.device)
+            if dist.is_initialized():
+                dist.broadcast(whole, 0)
+            errors[name] = rms(mine.double() - self.part(whole).double()) / rms(whole.double())
+        return errors
 
     def results(self, out: Tensor, qkv: list[Tensor]) -> dict[str, Tensor]:
         grads = {f"grad of {name}": t.grad for name, t in zip("qkv", qkv, strict=True) if t.grad is not None}

@@ -28,6 +28,16 @@ class Batch:
     labels: Tensor
     positions: Tensor
     n_valid: int  # labels that count in the global batch
+    n_own: int = 0  # of these, how many are here
+
+    @property
+    def share(self) -> float:
+        return self.n_own / self.n_valid
+
+    def labels_by_weight(self) -> float:
+        """How many labels there are here, for a mean over them: fewer where some come often (1 / sum p^2)."""
+        _, counts = self.labels[self.labels != IGNORED].cpu().unique(return_counts=True)
+        return self.n_own**2 / float(counts.double().square().sum()) if self.n_own else 0.0
 
 
 class Training:
@@ -74,8 +84,10 @@ class Training:
         tokens, labels = tokens[start:stop], labels[start:stop]
         if start == stop:  # fewer sequences than dp ranks: take part in the collectives with one that counts nothing
             tokens, labels = torch.zeros_like(positions), torch.full_like(positions, IGNORED)
-        tokens, labels, positions = (self.strategy.split(t).to(self.device) for t in (tokens, labels, positions))
-        return Batch(tokens.contiguous(), labels.contiguous(), positions[0], max(1, n_valid))
+        tokens, labels, positions = (self.strategy.split(t) for t in (tokens, labels, positions))
+        n_own = int((labels != IGNORED).sum())
+        tokens, labels, positions = (t.to(self.device) for t in (tokens, labels, positions))
+        return Batch(tokens.contiguous(), labels.contiguous(), positions[0], max(1, n_valid), n_own)
 
     def forward(self, batch: Batch) -> Tensor:
         """This rank's share of the loss: the shares of the ranks along the zero axis add up to it."""

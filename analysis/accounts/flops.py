@@ -1,0 +1,40 @@
+"""What a rank computes: its matrix products, and the pairs of a query and a key that a causal mask lets through.
+
+A weight and a token cost 2 FLOP forward and 4 backward. A pair costs a head 4 K forward (its score, its part of the
+output) and 10 K backward (Dao 2023, section 3.1).
+"""
+
+from collections.abc import Iterable
+
+from analysis.accounts.letters import Amount, Letters
+from analysis.accounts.weights import Group
+
+WEIGHT = 2 + 4
+PAIR, PAIR_BACKWARD = 4, 10
+
+
+def of_matrices(groups: Iterable[Group], s: Letters) -> Amount:
+    """Matrices that are whole on all ranks see 1/tp of the tokens that slices of them see. A norm is no matrix."""
+    return sum(
+        WEIGHT * group.times * weight.rows * weight.columns * (s.tokens / s.tp if group.axis == "world" else s.tokens)
+        for group in groups
+        for weight in group.weights
+        if weight.cut != "not"
+    )
+
+
+def pairs(s: Letters) -> Amount:
+    """Of a block, over a rank's heads: among its 1/r of the tokens, and with what these see of the others'."""
+    n = s.L / s.r
+    return s.B * s.h / (s.tp * s.u) * (n * (n + 1) / 2 + visiting(s, n))
+
+
+def visiting(s: Letters, n: Amount) -> Amount:
+    """Pairs with the keys of the other ranks of the ring, n of each (strategies/ops/layouts.py)."""
+    before = s.r - 1 if s.at is None else s.at["ring"]  # ranks whose first token is before this one's
+    after = s.r - 1 - before
+    if s.layout == "contiguous":
+        return before * n * n
+    if s.layout == "striped":
+        return before * n * (n + 1) / 2 + after * n * (n - 1) / 2
+    return (before + after) * n * n / 2
