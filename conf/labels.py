@@ -15,7 +15,8 @@ from conf.meshes import AXES
 
 Row = Mapping[str, Any]
 SAID_ANYHOW = ("strategy.name", "world_size", "seq_len", *(f"mesh.{axis}" for axis in AXES))
-FILLED = ("attention.kernel", "model.head_dim", "launch.ranks_per_host")  # what is undecided in a configuration that was refused before
+# What is undecided in a configuration that was refused before.
+FILLED = ("attention.kernel", "model.head_dim", "launch.ranks_per_host")
 
 
 def mesh(row: Row) -> str:

@@ -68,7 +68,6 @@ class Hosts:
         self.number, self.count = of_torchrun()
         self.store, _, _ = next(dist.rendezvous("env://", self.number, self.count, timeout=timedelta(seconds=60)))
         self.meeting_point = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self.attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
         self.interface = config.launch.interface or interface_to(self.meeting_point[0])
         self.tasks = 0
         self.lost = ""
@@ -87,8 +86,7 @@ class Hosts:
     ) -> tuple[Outcome, Clock]:
         clock = Clock(task.config.timeout_s)
         with tempfile.TemporaryDirectory(dir=scratch()) as folder:
-            prefix = f"attempt{self.attempt}/{n}"
-            meeting = Meeting(self.interface, store=self.meeting_point, prefix=prefix)
+            meeting = Meeting(self.interface, store=self.meeting_point, prefix=f"{n}/ranks")
             return run_ranks(self.share(task.config), task, meeting, folder, clock, progress, elsewhere), clock
 
     def is_set(self, key: str) -> bool:

@@ -4,6 +4,7 @@ Hydra finds it because it looks for plugins in the namespace package hydra_plugi
 path. Jobs run one after the other, each in ranks of its own. A sweep with a wrong key is refused before its first job.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
+
+from bench.ranks.scratch import scratch
 
 
 class RanksLauncher(Launcher):
@@ -35,6 +38,11 @@ class RanksLauncher(Launcher):
 
 class ProductSweeper(BasicSweeper):
     """Hydra's own. It need not compose every job to see that it can be: RanksLauncher does, before the first runs."""
+
+    def sweep(self, arguments: list[str]) -> None:
+        if self.config.launch.name == "torchrun" and os.environ.get("RANK") != "0":  # the first host alone writes
+            self.config.hydra.sweep.dir = str(scratch())
+        super().sweep(arguments)
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         if not isinstance(self.launcher, RanksLauncher):

@@ -1,0 +1,66 @@
+"""One sweep on several hosts: in step, written by the first alone, ended on all by what ends on one."""
+
+import csv
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.two_hosts import Pair
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+LONG = "steps=5,100000,6"  # the second configuration runs until something happens to it
+
+
+@pytest.fixture
+def pair(tmp_path):
+    pairs = []
+
+    def started(*overrides: str, restarts: int = 0) -> Pair:
+        pairs.append(Pair(tmp_path, *overrides, restarts=restarts))
+        return pairs[0]
+
+    yield started
+    for each in pairs:
+        each.end()
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "runs" / "two" / "results.csv", newline="") as file:
+        return sorted(csv.DictReader(file), key=lambda row: row["started_at"])
+
+
+def strike(hosts: Pair) -> tuple[str, str]:
+    """Wait until the second configuration runs on both hosts -> the one that leads, the one that follows."""
+    hosts.until(lambda: hosts.leader() and "[2/3" in hosts.log(hosts.leader()))
+    leader = hosts.leader()
+    follower = "b" if leader == "a" else "a"
+    hosts.until(lambda: len(hosts.ranks(follower)) == 2 and len(hosts.ranks(leader)) == 2)
+    return leader, follower
+
+
+def test_a_rank_that_dies_on_one_host_ends_its_configuration_on_all(pair, tmp_path):
+    hosts = pair("-m", "name=two", "strategy=usp", "seq_len=64", "world_size=4", LONG)
+    leader, follower = strike(hosts)
+    hosts.ranks(follower)[1].kill()
+    assert hosts.wait() == [0, 0]
+    before, hit, after = rows_of(tmp_path / leader)
+    assert [before["status"], hit["status"], after["status"]] == ["ok", "error", "ok"]
+    assert hit["reason"].startswith(f"host {socket.gethostname()}: rank ")
+    assert hit["reason"].endswith(": the process was killed by SIGKILL")
+    assert before["launch_ranks_per_host"] == "2"
+    assert before["loss_first"] == after["loss_first"]
+    assert list((tmp_path / follower).iterdir()) == [tmp_path / follower / "log"]  # it writes nothing
+
+
+def test_a_host_that_is_gone_is_named_and_the_sweep_goes_on_when_it_is_back(pair, tmp_path):
+    hosts = pair("-m", "name=two", "strategy=ring", "seq_len=64", "world_size=4", LONG, restarts=1)
+    leader, follower = strike(hosts)
+    hosts.kill(follower)
+    hosts.until(lambda: "it no longer answers" in hosts.log(leader))
+    hosts.start(follower)
+    hosts.wait()
+    before, hit, after = rows_of(tmp_path / leader)
+    assert [before["status"], hit["status"], after["status"]] == ["ok", "error", "ok"]
+    assert hit["reason"] == f"host {socket.gethostname()}: it no longer answers"
+    assert "1 of 3 rows" in hosts.log(leader) or "2 of 3 rows" in hosts.log(leader)
