@@ -129,14 +129,16 @@ def of_counts(found: Measured) -> Iterator[str]:
 # Attention.
 
 
-def inaccurate(ranks: Sequence[Rank], precision: str) -> str | None:
-    """What of attention alone is not what one process computes, beyond its precision."""
-    wrong = {name: rank for rank in ranks for name, error in rank.errors.items() if not error < CLOSE[precision]}
+def inaccurate(errors: Sequence[dict[str, float]], precision: str) -> str | None:
+    """What of attention alone is not what one process computes, beyond its precision: of each rank."""
+    far = [(worst(error), rank, name) for rank, of in enumerate(errors) for name, error in of.items()]
+    wrong = [(error, rank, name) for error, rank, name in far if not error < CLOSE[precision]]
     if not wrong:
         return None
-    rank = max(wrong.values(), key=lambda rank: max(map(worst, rank.errors.values())))
-    verb, most = "is" if len(wrong) == 1 else "are", max(rank.errors.values(), key=worst)
-    return f"wrong: {', '.join(wrong)} {verb} up to {most:.2%} away from one process', on rank {rank.rank} most"
+    names = list(dict.fromkeys(name for _, _, name in wrong))
+    most, rank, _ = max(wrong)
+    verb = "is" if len(names) == 1 else "are"
+    return f"wrong: {', '.join(names)} {verb} up to {most:.2%} away from one process', farthest on rank {rank}"
 
 
 # Speed.

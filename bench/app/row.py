@@ -108,7 +108,7 @@ def judged(found: Measured, noted: str) -> Row:
     """What is to be said of a row that is wrong; a peer's is still a row."""
     if (fault := next(judge.faults(found), None)) is not None:
         return {"status": "error", "reason": fault}
-    if (wrong := judge.inaccurate(found.ranks, found.config.precision)) is not None:
+    if (wrong := judge.inaccurate([rank.errors for rank in found.ranks], found.config.precision)) is not None:
         return {"status": "ok" if found.config.strategy.name in PEERS else "error", "reason": joined(wrong, noted)}
     return {}
 
