@@ -9,12 +9,13 @@ from dataclasses import dataclass, fields
 from statistics import median
 from typing import Any
 
-from conf.keys import MISSING, Config, keys, plain
+from conf.keys import MISSING, Config, keys, plain, section_in
 from conf.measurement import NOISY, Entry, Measured, percentile, worst
 
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "p2p")
 COMM_COLUMNS = [entry.name for entry in fields(Entry) if entry.name != "weights"]
 MIB = 2**20
+SERIES = list[float | None]  # a number that is not finite is none in JSON
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Column:
 
     of: its value in what was measured; None where somebody else writes it. head: its heading where tables show it, in
     units of `scale`, as `form` has it; in_terminal: there too, or in the report alone. timed: it needs a clock. in_csv:
-    or in record.json alone. doubt: the column that is true where this value is to be shown as ~value.
+    or in record.json alone. doubt: the column that is true where this value is to be shown as ~value. holds: the type
+    of its value, where it has one.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Column:
     timed: bool = False
     in_csv: bool = True
     doubt: str = ""
+    holds: Any = float
 
     def text(self, row: Mapping) -> str:
         """The row's value as tables show it; nothing where it has none."""
@@ -80,18 +83,27 @@ def tokens_per_s(m: Measured) -> float:
 
 
 WHO = [
-    Column("run_id", "", "hash of what of the configuration is not as by default; the row's folder"),
-    Column("status", "", "ok, invalid, oom, timeout or error"),
-    Column("reason", "", "why, in a sentence"),
+    Column("run_id", "", "hash of what of the configuration is not as by default; the row's folder", holds=str),
+    Column("status", "", "ok, invalid, oom, timeout or error", holds=str),
+    Column("reason", "", "why, in a sentence", holds=str),
 ]
 MEASURED = [
-    Column("device_name", "", "of the processor, or of the simulated cluster", lambda m: m.first.device_name),
-    Column("backend", "", "of the collectives", lambda m: m.first.backend),
+    Column(
+        "device_name", "", "of the processor, or of the simulated cluster", lambda m: m.first.device_name, holds=str
+    ),
+    Column("backend", "", "of the collectives", lambda m: m.first.backend, holds=str),
     # Times: of the slowest rank of each step, medians over the timed steps.
     clock("step_ms_median", "ms", "a step; ~ where noisy", lambda m: m.step_ms, "step ms", "{:,.1f}", "noisy"),
     clock("step_ms_p10", "ms", "of the steps, the 10th percentile", lambda m: percentile(m.laps["step"], 0.1)),
     clock("step_ms_p90", "ms", "of the steps, the 90th percentile", lambda m: percentile(m.laps["step"], 0.9)),
-    clock("noisy", "", f"do steps, or rounds, spread (p10 to p90) over {NOISY:.0%} of their median", lambda m: m.noisy),
+    Column(
+        "noisy",
+        "",
+        f"do steps, or rounds, spread (p10 to p90) over {NOISY:.0%} of their median",
+        lambda m: m.noisy,
+        timed=True,
+        holds=bool,
+    ),
     clock("forward_ms", "ms", "forward", lambda m: median(m.laps["forward"])),
     clock("backward_ms", "ms", "backward", lambda m: median(m.laps["backward"])),
     clock("optimizer_ms", "ms", "clipping, AdamW, new weights sent", lambda m: median(m.laps["optimizer"])),
@@ -179,23 +191,23 @@ MEASURED = [
         lambda m: max(m.errors.values(), key=worst, default=None),
     ),
     Column("mode_seconds", "s", "how long the ranks of the row took in all", lambda m: m.seconds),
-    Column("torch_version", "", "", lambda m: m.first.torch_version),
-    Column("losses", "nats", "of every step", lambda m: m.first.losses, in_csv=False),
-    Column("errors", "", "of the output and each gradient", lambda m: m.errors, in_csv=False),
-    Column("round_ms", "ms", "a step, of each round", lambda m: m.round_ms, timed=True, in_csv=False),
+    Column("torch_version", "", "", lambda m: m.first.torch_version, holds=str),
+    Column("losses", "nats", "of every step", lambda m: m.first.losses, in_csv=False, holds=SERIES),
+    Column("errors", "", "of the output and each gradient", lambda m: m.errors, in_csv=False, holds=dict),
+    Column("round_ms", "ms", "a step, of each round", lambda m: m.round_ms, timed=True, in_csv=False, holds=SERIES),
 ]
 WHERE_FROM = [
-    Column("git_sha", "", "the commit"),
-    Column("git_dirty", "", "was the checkout changed since"),
-    Column("command", "", "reproduces the row"),
-    Column("started_at", "UTC", "when"),
+    Column("git_sha", "", "the commit", holds=str),
+    Column("git_dirty", "", "was the checkout changed since", holds=bool),
+    Column("command", "", "reproduces the row", holds=str),
+    Column("started_at", "UTC", "when", holds=str),
 ]
 
 
 def asked() -> Iterator[Column]:
     """A column for each key."""
     for key in keys().values():
-        yield Column(key.column, "", key.says)
+        yield Column(key.column, "", key.says, holds=dict if section_in(key.hint) else key.hint)
 
 
 def columns() -> list[Column]:

@@ -368,6 +368,7 @@ KINDS: dict[Any, tuple[type | tuple[type, ...], str]] = {  # what a value may be
     float: ((int, float), "is no number"),
     str: (str, "is no text"),
     list: (list, "is no list"),
+    dict: (dict, "is no object"),
 }
 
 

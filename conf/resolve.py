@@ -48,18 +48,15 @@ def check_values(config: Config) -> None:
         value, rules = key.of(config), key.declared.metadata
         if value == MISSING:
             raise Invalid(f"{path} is missing, and model={config.model.name} does not say it")
-        if value is None:
-            continue
-        if rules["choices"] and value not in rules["choices"]:
-            raise Invalid(one_of(written(path), value, rules["choices"]))
-        check_bounds(path, rules, value)
+        if value is not None:
+            check_value(path, rules, value)
 
     betas, rope = config.optim.betas, config.model.rope_scaling
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise Invalid(f"optim.betas={betas} must be two numbers from 0 up to 1; [0.9, 0.95] would do")
     if rope is not None:
         for each in fields(rope):
-            check_bounds(f"model.rope_scaling.{each.name}", each.metadata, getattr(rope, each.name))
+            check_value(f"model.rope_scaling.{each.name}", each.metadata, getattr(rope, each.name))
         if not rope.low_freq_factor < rope.high_freq_factor:
             raise Invalid(
                 f"model.rope_scaling.low_freq_factor={rope.low_freq_factor} must be less than high_freq_factor = "
@@ -67,7 +64,9 @@ def check_values(config: Config) -> None:
             )
 
 
-def check_bounds(path: str, rules: Mapping, value: Any) -> None:
+def check_value(path: str, rules: Mapping, value: Any) -> None:
+    if rules["choices"] and value not in rules["choices"]:
+        raise Invalid(one_of(written(path), value, rules["choices"]))
     if (fault := beyond(rules, value)) is not None:
         raise Invalid(f"{path}={value} {fault}")
 
