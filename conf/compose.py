@@ -2,25 +2,30 @@
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from functools import cache
+from itertools import islice
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString, RangeSweep
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from conf import meshes
 from conf.groups import CHOSEN, HERE, OPEN, options, written
-from conf.keys import Config, keys
-from conf.words import Invalid, did_you_mean, one_of
+from conf.keys import Config, RopeScaling, keys
+from conf.words import Invalid, did_you_mean, in_a_line, one_of
 
 REFUSED = (HydraException, OmegaConfBaseException, Invalid, AssertionError)  # the last is OmegaConf's of null sections
+MOST_SWEPT = 10_000  # configurations in a sweep
+LONGEST_WORD = 10_000  # of a command line, in characters
+HUGE = 10**300  # OmegaConf makes floats of numbers, and these end soon after
 
 
 @cache
@@ -48,36 +53,92 @@ def configuration(overrides: Sequence[str]) -> Config:
 
 
 def check_overrides(overrides: Sequence[str], multirun: bool = False) -> None:
-    """What Hydra would take for something else, or answer at length."""
+    """What Hydra would take for something else, do somewhere else, or answer at length."""
+    configurations = 1
     for override in parsed(overrides):
-        name, said, values = override.key_or_group, override.input_line, values_of(override)
-        inside = [path for path in keys() if path.startswith(f"{name}.")]
-        if not name:
-            raise Invalid(f"{said!r} names no key")
-        if name in (*CHOSEN, *OPEN) and not (override.is_delete() or name == "sweep"):
-            for value in values:
-                if not isinstance(value, (str, QuotedString)):
-                    raise Invalid(one_of(name, "null" if value is None else value, options(name)))
-        elif written(name) != name:
-            raise Invalid(f"{said}: {written(name)}=... chooses it, with all that belongs to it")
-        elif inside and not all(isinstance(value, dict) for value in values):
-            raise Invalid(f"{said}: {name} holds {', '.join(inside)}; {inside[0]}=... would do")
-        if not multirun and (override.is_sweep_override() or (name == "sweep" and override.value() is not None)):
+        said, values = override.input_line, values_of(override)
+        check_word(override, values)
+        if not multirun and (override.is_sweep_override() or (override.key_or_group == "sweep" and values != [None])):
             raise Invalid(f"{said} is a sweep; python -m bench -m {shlex.join(overrides)} would do")
+        if (configurations := configurations * len(values)) > MOST_SWEPT:
+            raise Invalid(f"{said}: these are more than {MOST_SWEPT} configurations; fewer values would do")
+
+
+def check_word(override: Override, values: list[Any]) -> None:
+    """Does it name a key, a group or what is left of Hydra's, and could these be its values?"""
+    name, said = override.key_or_group, str(override.input_line)
+    inside = [path for path in paths() if path.startswith(f"{name}.")]
+    if not name:
+        raise Invalid(f"{said!r} names no key")
+    if name.partition(".")[0].partition("/")[0] == "hydra":
+        check_hydra(said)
+    elif not (inside or name in (*CHOSEN, *OPEN, *paths())) or override.package is not None:
+        raise Invalid(no_such_key(name if override.package is None else f"{name}@{override.package}"))
+    elif override.is_delete():
+        raise Invalid(f"{name} cannot be taken away; a value of it would do")
+    elif name in (*CHOSEN, *OPEN):
+        for value in values:
+            word = value.text if isinstance(value, QuotedString) else "null" if value is None else value
+            if word not in options(name) and (name, value) != ("sweep", None):
+                raise Invalid(one_of(name, word, options(name)))
+    elif written(name) != name:
+        raise Invalid(f"{said}: {written(name)}=... chooses it, with all that belongs to it")
+    elif inside and not (name in keys() and values == [None]):
+        raise Invalid(f"{said}: {name} holds {', '.join(inside)}; {inside[0]}=... would do")
+    elif name == "name":
+        for value in values:
+            check_name(value.text if isinstance(value, QuotedString) else str(value))
+    elif any(isinstance(number, int) and abs(number) >= HUGE for number in flat(values)):
+        raise Invalid(f"{said}: no key takes so large a number")
+
+
+def check_hydra(said: str) -> None:
+    """Who launches and who sweeps can be chosen. Where Hydra writes, and which code it calls, cannot."""
+    ours = re.match(r"\+*hydra(/(launcher|sweeper)(/\w+)*=\w+$|\.(launcher|sweeper)\.)", said)
+    if not ours or re.search(r"_target_|custom_search_space|\$\{", said):
+        raise Invalid(f"{said}: of Hydra's own only hydra/launcher, hydra/sweeper and their keys can be chosen")
+
+
+def check_name(name: str) -> None:
+    if not re.fullmatch(r"(?!\.)[\w.+=, -]{1,100}", name):
+        raise Invalid(f"name={name[:40]!r} is no name of a folder in runs/; letters, digits, - and _ would do")
+
+
+@cache
+def paths() -> list[str]:
+    """Whatever can stand before =, but groups."""
+    return [*keys(), *(f"model.rope_scaling.{field.name}" for field in fields(RopeScaling))]
 
 
 def parsed(overrides: Sequence[str]) -> list[Override]:
     """The words of a command line. Raises Invalid for what is no key=value."""
-    try:
-        return OverridesParser.create().parse_overrides(list(overrides))
-    except OverrideParseException as error:
-        raise Invalid(f"{error.override!r} is no key=value") from None
+    for word in overrides:
+        if len(word) > LONGEST_WORD:
+            raise Invalid(f"{word[:40]}... has {len(word)} characters, and at most {LONGEST_WORD} are read")
+    parser = OverridesParser.create()
+    found = []
+    for word in overrides:
+        try:
+            found.append(parser.parse_override(word))
+        except (HydraException, ValueError, RecursionError):  # the latter for long numbers, and many brackets
+            raise Invalid(f"{word!r} is no key=value") from None
+    return found
 
 
 def values_of(override: Override) -> list[Any]:
     """The value, or every value of a sweep over several."""
     value = override.value()
+    if isinstance(value, RangeSweep):
+        try:
+            return list(islice(value.range(), MOST_SWEPT + 1))
+        except (ValueError, ArithmeticError):
+            raise Invalid(f"{override.input_line} is no range of numbers") from None
     return list(value.list) if isinstance(value, ChoiceSweep) else [value]
+
+
+def flat(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        yield from flat(value) if isinstance(value, list) else [value]
 
 
 def config_of(composed: DictConfig) -> Config:
@@ -86,8 +147,7 @@ def config_of(composed: DictConfig) -> Config:
     values: Any = OmegaConf.to_container(OmegaConf.masked_copy(composed, names), resolve=True)
     check_known(values, schema())
     config = Config.of(values)
-    if not re.fullmatch(r"(?!\.)[\w.+=, -]{1,100}", config.name):
-        raise Invalid(f"name={config.name[:40]!r} is no name of a folder in runs/; letters, digits, - and _ would do")
+    check_name(config.name)
     return config
 
 
@@ -126,4 +186,4 @@ def sentence(error: Exception) -> str:
     if isinstance(cause, (ConfigKeyError, ConfigAttributeError)):
         return no_such_key(str(cause.full_key or cause.key))
     first_lines = [str(error).splitlines()[0], str(cause).splitlines()[0]]
-    return ": ".join(dict.fromkeys(line.rstrip(".") for line in first_lines))
+    return in_a_line(": ".join(dict.fromkeys(line.rstrip(".") for line in first_lines)))

@@ -12,6 +12,7 @@ from bench.app.interrupts import heed, leave
 from bench.app.job import Job
 from bench.ranks.task import HostLost
 from conf import compose
+from conf.words import Invalid, one_of
 
 HYDRA: dict[str, Any] = {
     "defaults": [
@@ -28,6 +29,20 @@ HYDRA: dict[str, Any] = {
         "sweep": {"dir": "runs/${name}", "subdir": "."},  # Hydra's own multirun.yaml goes there too
     },
 }
+SWEEP = ("-m", "--multirun")
+ASK = (
+    "-c",
+    "--cfg",
+    "--resolve",
+    "-p",
+    "--package",
+    "-i",
+    "--info",
+    "-sc",
+    "--shell-completion",
+    "--hydra-help",
+    "--version",
+)
 
 
 def run() -> None:
@@ -38,7 +53,9 @@ def run() -> None:
     words = [word for word in sys.argv[1:] if not word.startswith("-")]
     flags = [word for word in sys.argv[1:] if word.startswith("-")]
     try:
-        if set(flags) <= {"-m", "--multirun"}:  # else Hydra is asked about itself
+        if unknown := [flag for flag in flags if flag.partition("=")[0] not in (*SWEEP, *ASK)]:
+            raise Invalid(one_of("option", unknown[0], (*SWEEP, *ASK)))
+        if set(flags) <= {*SWEEP}:  # else Hydra is asked about itself
             compose.check_overrides(words, multirun=bool(flags))
             sys.argv[1:] = [*flags, *words]  # Hydra's parser takes no flag between words
         main()
