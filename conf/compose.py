@@ -95,7 +95,7 @@ def check_word(override: Override, values: list[Any]) -> None:
 def check_hydra(said: str) -> None:
     """Who launches and who sweeps can be chosen. Where Hydra writes, and which code it calls, cannot."""
     ours = re.match(r"\+*hydra(/(launcher|sweeper)(/\w+)*=\w+$|\.(launcher|sweeper)\.)", said)
-    if not ours or re.search(r"_target_|custom_search_space|\$\{", said):
+    if not ours or re.search(r"_target_|custom_search_space|\bname\b|\$\{", said):
         raise Invalid(f"{said}: of Hydra's own only hydra/launcher, hydra/sweeper and their keys can be chosen")
 
 

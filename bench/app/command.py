@@ -12,7 +12,7 @@ from bench.app.interrupts import heed, leave
 from bench.app.job import Job
 from bench.ranks.task import HostLost
 from conf import compose
-from conf.words import Invalid, one_of
+from conf.words import Invalid, did_you_mean
 
 HYDRA: dict[str, Any] = {
     "defaults": [
@@ -54,7 +54,7 @@ def run() -> None:
     flags = [word for word in sys.argv[1:] if word.startswith("-")]
     try:
         if unknown := [flag for flag in flags if flag.partition("=")[0] not in (*SWEEP, *ASK)]:
-            raise Invalid(one_of("option", unknown[0], (*SWEEP, *ASK)))
+            raise Invalid(f"there is no option {unknown[0]}{did_you_mean(unknown[0], (*SWEEP, *ASK))}")
         if set(flags) <= {*SWEEP}:  # else Hydra is asked about itself
             compose.check_overrides(words, multirun=bool(flags))
             sys.argv[1:] = [*flags, *words]  # Hydra's parser takes no flag between words

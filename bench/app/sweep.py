@@ -16,7 +16,7 @@ from bench.app.row import Launcher, run
 from bench.app.terminal import console, in_sight, in_silence, outcome_line, print_table, say
 from bench.ranks.task import HostLost, Outcome, Task
 from conf.columns import described
-from conf.keys import Key, run_id
+from conf.keys import Key, beyond, keys, run_id
 from conf.labels import swept_by, title
 from conf.measurement import Round
 
@@ -126,5 +126,6 @@ def run_each(jobs: list[Job], launch: Launch) -> Iterator[tuple[int, Row]]:
 
 def turns_of(jobs: list[Job]) -> list[tuple[int, int]]:
     """(round, job): all jobs of a round before the next; a job that cannot run has one, in which it says so."""
-    last = max(job.config.rounds for job in jobs)
-    return [(turn, i) for turn in range(max(1, last)) for i, job in enumerate(jobs) if turn < max(1, job.config.rounds)]
+    bounds, asked = keys()["rounds"].declared.metadata, [job.config.rounds for job in jobs]
+    rounds = [1 if beyond(bounds, each) else each for each in asked]
+    return [(turn, i) for turn in range(max(rounds)) for i in range(len(jobs)) if turn < rounds[i]]
