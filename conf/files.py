@@ -9,6 +9,7 @@ from typing import Any
 
 from conf.words import Invalid
 
+PROBE = 1 << 16  # bytes that there must be room for
 LARGEST_JSON = 64 << 20  # bytes; the index of a model of a thousand layers has 1 MB
 
 
@@ -75,6 +76,7 @@ def check_writable(folder: str | Path) -> None:
     if not stat.S_ISDIR(status(there).st_mode):
         raise FileFault(f"{folder}: {there} is no folder")
     try:
-        tempfile.TemporaryFile(dir=there).close()
+        with tempfile.TemporaryFile(dir=there) as probe:
+            probe.write(bytes(PROBE))
     except OSError as error:
         raise FileFault(f"{folder}: {there} cannot be written ({error.strerror})") from None

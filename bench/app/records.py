@@ -1,92 +1,188 @@
-"""Records: every configuration ends as runs/<name>/<run_id>/record.json, and as a row of runs/<name>/results.csv."""
+"""Records: every configuration ends as runs/<name>/<run_id>/record.json, and as a row of runs/<name>/results.csv.
+
+Files are replaced, never edited: whoever reads one sees it whole.
+"""
 
 import csv
+import io
 import json
 import os
 import shutil
 import subprocess
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import cache
+from itertools import chain
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from conf.columns import COMM_COLUMNS, csv_columns, described
+from bench.app import turns
+from conf import recorded
+from conf.columns import COMM_COLUMNS, csv_columns
+from conf.files import FileFault, check_writable, status
 from conf.keys import Config, run_id
+from conf.labels import title
 from conf.measurement import Entry
 
 ROOT = Path(__file__).parents[2]
 RUNS = Path("runs")
 Row = dict[str, Any]
+STRAYS = ("results.tmp", "*/record.tmp", "*/comm.tmp")
 saving = threading.Lock()  # simulated configurations run several at a time
 
 
+class Unwritable(FileFault):
+    """A row that is not on disk, and why."""
+
+
+@contextmanager
+def opened(folder: Path, shared: bool, say: Callable[[str], None]) -> Iterator[None]:
+    """A sweep's folder, as long as it is this command's turn to write there. Raises FileFault where nobody could.
+
+    What a run that was killed has left is removed, what is damaged is set aside, and say is told of it.
+    """
+    check_writable(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with turns.turn(folder, shared, say):
+        with writing(folder, "results.csv"):
+            for stray in (file for pattern in STRAYS for file in folder.glob(pattern)):
+                stray.unlink()
+            for file in sorted(folder.glob("*/record.json")):
+                if (fault := damage(file)) is not None:
+                    say(f"{fault}; it is now {set_aside(file)}, and its configuration runs again")
+            if rows := load_all(folder):
+                replace({folder / "results.csv": table(csv_columns(), rows)})
+        yield
+
+
 def save(folder: Path, row: Row, comm: Iterable[Entry], instead_of: Iterable[str] = ()) -> None:
-    """Write one configuration's record and its comm.csv, then the sweep's results.csv, without the rows it replaces."""
+    """Write one configuration's record and its comm.csv, and the sweep's results.csv without the rows it replaces.
+
+    Raises Unwritable, and all files are as they were.
+    """
     target = folder / row["run_id"]
     lines = [{**asdict(entry), "sent_bytes": round(entry.sent_bytes)} for entry in comm]
-    with saving:
+    text = json.dumps(finite(row), indent=2)
+    gone = {*instead_of, row["run_id"]}
+    with writing(folder, f"the row of {title(row, [])}"):
+        rows = [json.loads(text), *(other for other in load_all(folder) if other["run_id"] not in gone)]
         target.mkdir(parents=True, exist_ok=True)
-        write_csv(target / "comm.csv", COMM_COLUMNS, lines)
-        replace(target / "record.json", json.dumps(row, indent=2) + "\n")
-        for run_id in {*instead_of} - {row["run_id"]}:
-            shutil.rmtree(folder / run_id, ignore_errors=True)
-        write_csv(folder / "results.csv", csv_columns(), load_all(folder))
+        replace(
+            {
+                target / "comm.csv": table(COMM_COLUMNS, lines),
+                target / "record.json": text + "\n",
+                folder / "results.csv": table(csv_columns(), by_age(rows)),
+            }
+        )
+        for each in gone - {row["run_id"]}:
+            shutil.rmtree(folder / each, ignore_errors=True)
+
+
+@contextmanager
+def writing(folder: Path, what: str) -> Iterator[None]:
+    """One thread of one process at a time. A disk that is full, or has gone, is an Unwritable."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with saving, turns.writing(folder):
+            yield
+    except OSError as error:
+        raise Unwritable(f"{error.filename or folder}: {error.strerror}, and {what} is not written") from None
 
 
 def find(folder: Path, config: Config) -> Row | None:
     """The row of a resolved configuration, under today's run_id or that of an older version; None if there is none."""
     wanted = run_id(config)
-    if (row := load(folder, wanted)) is not None:
-        return row
-    found = (read(file.resolve(), file.stat().st_mtime_ns) for file in folder.glob("*/record.json"))
-    return next((record[0] for record in found if record and record[1] == wanted), None)
-
-
-def load(folder: Path, run_id: str) -> Row | None:
-    """A record that was written whole, or None. What it does not say of its configuration was as by default."""
-    file = folder / run_id / "record.json"
-    try:
-        record = read(file.resolve(), file.stat().st_mtime_ns)
-    except OSError:
-        return None
-    return record[0] if record else None
-
-
-@cache
-def read(file: Path, written_at: int) -> tuple[Row, str] | None:
-    """A record and the run_id that its configuration has today; once, for a sweep asks again with every row."""
-    try:
-        row = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return None
-    if "config" not in row:
-        return row, row.get("run_id", "")
-    config = Config.of(row["config"])
-    return {**described(config), **row}, run_id(config)
+    files = chain([folder / wanted / "record.json"], folder.glob("*/record.json"))
+    return next((row for row, today in stored(files) if today == wanted), None)
 
 
 def load_all(folder: Path) -> list[Row]:
     """Every record of a sweep, oldest first."""
-    found = (load(folder, file.parent.name) for file in folder.glob("*/record.json"))
-    return sorted((record for record in found if record), key=lambda record: (record["started_at"], record["run_id"]))
+    return by_age([row for row, _ in stored(folder.glob("*/record.json"))])
 
 
-def write_csv(file: Path, columns: list[str], rows: Iterable[Mapping]) -> None:
-    temporary = file.with_suffix(".tmp")
-    with open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as out:
-        writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, file)
+def by_age(rows: list[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: (row["started_at"], row["run_id"]))
 
 
-def replace(file: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, file)
+def stored(files: Iterable[Path]) -> Iterator[tuple[Row, str]]:
+    """Those of these records that can be read, each with the run_id that its configuration has today."""
+    for file in files:
+        with suppress(FileFault):
+            yield read(file)
+
+
+def damage(file: Path) -> FileFault | None:
+    try:
+        read(file)
+    except FileFault as fault:
+        return fault
+    return None
+
+
+def read(file: Path) -> tuple[Row, str]:
+    """Once, for a sweep asks again with every row. Raises FileFault."""
+    there = status(file)
+    return read_once(file, (there.st_dev, there.st_ino, there.st_mtime_ns))
+
+
+@cache
+def read_once(file: Path, version: tuple[int, ...]) -> tuple[Row, str]:
+    row, config = recorded.read(file)
+    return row, run_id(config) if config else row["run_id"]
+
+
+def set_aside(file: Path) -> str:
+    """Give a damaged record a name that is free -> that name."""
+    names = (f"{file.name}.damaged{n}" for n in ("", *(f".{n}" for n in range(1, 10**6))))
+    free = next(file.with_name(name) for name in names if not os.path.lexists(file.with_name(name)))
+    file.rename(free)
+    return free.name
+
+
+def finite(value: Any) -> Any:
+    """What JSON can say: it has no word for a number that is not finite."""
+    if isinstance(value, Mapping):
+        return {name: finite(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+def table(columns: Sequence[str], rows: Iterable[Mapping]) -> str:
+    """CSV, a line for each row: whatever a text holds, spreadsheets and pandas can read it."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: printable(value) for name, value in row.items()} for row in rows)
+    return out.getvalue()
+
+
+def printable(value: Any) -> Any:
+    """Newlines, NULs and halves of characters as escapes."""
+    if not isinstance(value, str) or value.isprintable():
+        return value
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value)
+
+
+def replace(texts: Mapping[Path, str]) -> None:
+    """Write all of these files, or if there is no room for one of them none."""
+    temporary = {file: file.with_suffix(".tmp") for file in texts}
+    try:
+        for file, text in texts.items():
+            with open(temporary[file], "w", encoding="utf-8", newline="") as out:
+                out.write(text)
+                out.flush()
+                os.fsync(out.fileno())  # a quota, or a server's disk, may be found full only now
+        for file in texts:
+            os.replace(temporary[file], file)
+    finally:
+        for left in temporary.values():
+            with suppress(OSError):
+                left.unlink()
 
 
 @cache

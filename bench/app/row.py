@@ -69,7 +69,7 @@ def run(job: Job, rerun: str, launcher: Launcher, rounds: list[Round] | None = N
 
 def stays(row: Row, rerun: str, rounds: int) -> bool:
     """Is this row kept, and not measured again? An invalid one costs nothing to look at again."""
-    if row["status"] == "invalid" or (row["status"] == "ok" and len(row.get("round_ms", [0])) < rounds):
+    if row["status"] == "invalid" or (row["status"] == "ok" and len(row.get("round_ms") or [0]) < rounds):
         return False
     return rerun == "none" or (rerun == "failed" and row["status"] == "ok")
 

@@ -3,8 +3,9 @@
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from bench.app import records
@@ -23,7 +24,7 @@ from conf.measurement import Round
 
 def run_one(job: Job) -> Row:
     """A single run always measures."""
-    with launching(job.config) as launch:
+    with in_turn([job]) as launch:
         row = run(job, "all", watched(launch, "", []))
     if row["status"] == "ok":
         print_table([row], job.config.name)
@@ -37,19 +38,36 @@ def run_all(jobs: list[Job]) -> list[Row]:
     done: dict[int, Row] = {}
     name = jobs[0].config.name
     try:
-        with launching(jobs[0].config) as launch:
-            simulated = all(job.config.mode == "simulate" for job in jobs)
-            for i, row in (simulate_each if simulated else run_each)(jobs, launch):
+        with in_turn(jobs) as launch:
+            for i, row in (simulate_each if simulated(jobs) else run_each)(jobs, launch):
                 done[i] = row
-    except (KeyboardInterrupt, HostLost) as error:
+    except (KeyboardInterrupt, HostLost, records.Unwritable) as error:
         there = f"{len(done)} of {len(jobs)} rows are in {records.RUNS / name}"
         console.print(f"{str(error) or 'interrupted'}: {there}; the same command again goes on from there")
-        if isinstance(error, HostLost):
-            sys.exit(1)
-        leave(error)
+        if isinstance(error, KeyboardInterrupt):
+            leave(error)
+        sys.exit(1)
     rows = [done[i] for i in sorted(done)]
     print_table(rows, name)
     return rows
+
+
+@contextmanager
+def in_turn(jobs: Sequence[Job]) -> Iterator[Launch]:
+    """What launches these jobs, as long as it is this command's turn to write their rows."""
+
+    def said(sentence: str) -> None:
+        console.print(sentence, style="red")
+
+    with launching(jobs[0].config) as launch, ExitStack() as folders:
+        for name in sorted({job.config.name for job in jobs}):
+            folders.enter_context(records.opened(records.RUNS / name, simulated(jobs), said))
+        yield launch
+
+
+def simulated(jobs: Sequence[Job]) -> bool:
+    """Do none of these jobs need a quiet machine?"""
+    return all(job.config.mode == "simulate" for job in jobs)
 
 
 def watched(launch: Launch, place: str, among: list[Key]) -> Launcher:
