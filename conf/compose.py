@@ -175,6 +175,10 @@ def no_such_key(path: str) -> str:
 
 def sentence(error: Exception) -> str:
     """What was refused, in one sentence: the key, what is wrong with it, and the nearest that would do."""
+    return in_a_line(explained(error))
+
+
+def explained(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
         return one_of(group, choice, error.options)
@@ -186,4 +190,6 @@ def sentence(error: Exception) -> str:
     if isinstance(cause, (ConfigKeyError, ConfigAttributeError)):
         return no_such_key(str(cause.full_key or cause.key))
     first_lines = [str(error).splitlines()[0], str(cause).splitlines()[0]]
-    return in_a_line(": ".join(dict.fromkeys(line.rstrip(".") for line in first_lines)))
+    said = ": ".join(dict.fromkeys(line.rstrip(".") for line in first_lines))
+    key = getattr(cause, "full_key", None) or ""
+    return said if key in said else f"{key}: {said}"

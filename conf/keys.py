@@ -80,7 +80,7 @@ class ModelConfig:
     head_dim: int | None = key(None, "of a head; null = dim / n_heads", least=1, most=2**16)
     ffn_dim: int = key(MISSING, "width of the gated MLP", least=1, most=2**24)
     vocab_size: int = key(MISSING, "tokens that there are", least=1, most=2**24)
-    rope_theta: float = key(MISSING, "base of the rotary frequencies", above=0, most=1e12)
+    rope_theta: float = key(MISSING, "base of the rotary frequencies", above=0, most=10**12)
     rope_scaling: RopeScaling | None = key(None, "Llama 3.1's slower long waves; null = none")
     norm_eps: float = key(MISSING, "added to a norm's mean square", least=0, most=1)
     tie_embeddings: bool = key(MISSING, "the head's weight is the embedding's")
@@ -145,10 +145,10 @@ class LossConfig:
 class OptimConfig:
     """AdamW (Loshchilov and Hutter 2019) on every parameter."""
 
-    lr: float = key(3e-4, "learning rate", least=0, most=1e6)
+    lr: float = key(3e-4, "learning rate", least=0, most=10**6)
     betas: list[float] = key([0.9, 0.95], "decay of the two moments")
-    eps: float = key(1e-8, "added to the root of the second moment", least=0, most=1e6)
-    weight_decay: float = key(0.1, "decoupled", least=0, most=1e6)
+    eps: float = key(1e-8, "added to the root of the second moment", least=0, most=10**6)
+    weight_decay: float = key(0.1, "decoupled", least=0, most=10**6)
     grad_clip: float | None = key(1.0, "longest gradient, in its 2-norm; null = off", above=0, most=1e30)
 
 
@@ -158,14 +158,14 @@ class ClusterConfig:
 
     name: str = key(MISSING, "the hardware that simulated ranks stand for", column="cluster")
     device_names: list[str] = key(MISSING, "as the driver calls it, in part")
-    bf16_dense_tflops: float = key(MISSING, "dense 16-bit peak, TFLOP/s", above=0, most=1e6)
-    mem_gb: float = key(MISSING, "memory, GiB", above=0, most=1e6)
-    hbm_gbps: float = key(MISSING, "memory bandwidth, GB/s", above=0, most=1e6)
+    bf16_dense_tflops: float = key(MISSING, "dense 16-bit peak, TFLOP/s", above=0, most=10**6)
+    mem_gb: float = key(MISSING, "memory, GiB", above=0, most=10**6)
+    hbm_gbps: float = key(MISSING, "memory bandwidth, GB/s", above=0, most=10**6)
     intra_kind: str = key(MISSING, "links inside a node")
-    intra_uni_gbps_per_gpu: float = key(MISSING, "their bandwidth, GB/s", above=0, most=1e6)
+    intra_uni_gbps_per_gpu: float = key(MISSING, "their bandwidth, GB/s", above=0, most=10**6)
     gpus_per_node: int = key(MISSING, "GPUs that these links join", least=1, most=MOST_RANKS)
     nic_uni_gbps_per_gpu: float | None = key(
-        MISSING, "bandwidth between nodes, GB/s; null = unknown", above=0, most=1e6
+        MISSING, "bandwidth between nodes, GB/s; null = unknown", above=0, most=10**6
     )
 
 

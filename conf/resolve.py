@@ -120,7 +120,7 @@ def check_peer(resolved: Resolved, peer: meshes.Peer) -> None:
 
 def fill_from_checkpoint(model: ModelConfig) -> None:
     """Of model=hf: sizes that the user did not override, from config.json."""
-    if model.path is None:
+    if not model.path:
         raise Invalid("model.path is missing: model=hf reads a Hugging Face Llama directory")
     try:
         for name, value in read_config(model.path).items():
