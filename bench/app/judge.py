@@ -132,10 +132,10 @@ def of_counts(found: Measured) -> Iterator[str]:
 def inaccurate(errors: Sequence[dict[str, float]], precision: str) -> str | None:
     """What of attention alone is not what one process computes, beyond its precision: of each rank."""
     far = [(worst(error), rank, name) for rank, of in enumerate(errors) for name, error in of.items()]
-    wrong = [(error, rank, name) for error, rank, name in far if not error < CLOSE[precision]]
+    wrong = [each for each in far if not each[0] < CLOSE[precision]]
     if not wrong:
         return None
-    names = list(dict.fromkeys(name for _, _, name in wrong))
+    names = [name for name in errors[0] if any(name == of for *_, of in wrong)]
     most, rank, _ = max(wrong)
     verb = "is" if len(names) == 1 else "are"
     return f"wrong: {', '.join(names)} {verb} up to {most:.2%} away from one process', farthest on rank {rank}"

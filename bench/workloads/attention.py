@@ -43,7 +43,6 @@ class AttentionAlone:
         q, k, v, self.grad = (self.part(whole) for whole in self.whole)
         self.qkv = [t.requires_grad_(backward) for t in (q, k, v)]
         self.shapes = {"output": q_shape, "grad of q": q_shape, "grad of k": kv_shape, "grad of v": kv_shape}
-        self.replicas = neighbours(self.mesh, max(1, self.mesh.tp.size // config.n_kv_heads))  # they share a kv head
         if not self.times_the_whole:
             self.whole = []
         self.watch = Stopwatch(self.device)
@@ -104,9 +103,11 @@ class AttentionAlone:
         found = self.results(out, self.qkv)
         self.update()
         errors = {}
+        n_kv_heads = self.shapes["grad of k"][2]
+        sharing = neighbours(self.mesh, max(1, self.mesh.tp.size // n_kv_heads))  # one kv head, each with its queries
         for name, mine in found.items():
-            if name in ("grad of k", "grad of v") and self.replicas.size > 1:  # each has its queries' part
-                dist.all_reduce(mine := mine.float(), group=self.replicas.group)
+            if name in ("grad of k", "grad of v") and sharing.size > 1:
+                dist.all_reduce(mine := mine.float(), group=sharing.group)
             whole = self.truth[name].float() if self.truth else torch.empty(self.shapes[name], device=self.device)
             if dist.is_initialized():
                 dist.broadcast(whole, 0)
