@@ -5,24 +5,22 @@ record was written are as by default.
 """
 
 import csv
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 
 from analysis import UserError
-from conf.columns import COMM_COLUMNS, MEASURED, columns, described
+from conf import recorded
+from conf.columns import COMM_COLUMNS, MEASURED, WHERE_FROM, WHO, columns
+from conf.files import FileFault
 from conf.keys import MISSING, Config, keys
 from conf.labels import labels
 from conf.meshes import AXES
 
 NEEDED = ("run_id", "status", "strategy", "seq_len", "world_size", "comm_bytes", "analytic_comm_bytes")
-TEXT = (
-    *("run_id", "status", "reason", "strategy", "device_name", "backend", "torch_version"),
-    *("git_sha", "command", "started_at"),
-)
-NUMBERS = (*AXES, "world_size", "seq_len", *(c.name for c in MEASURED if c.in_csv and c.name not in TEXT))
+TEXT = ("strategy", *(c.name for c in (*WHO, *MEASURED, *WHERE_FROM) if c.holds is str))
+NUMBERS = (*AXES, "world_size", "seq_len", *(c.name for c in MEASURED if c.holds is float))
 
 
 @dataclass
@@ -50,10 +48,10 @@ def load(folder: Path) -> Sweep:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     problems: list[str] = []
-    records = read_records(folder, problems)
-    configs = read_configs(folder, records, problems)
-    found = [row_of(record, configs.get(run_id)) for run_id, record in records.items()]
-    found = found or read_csv(folder, problems)
+    read = read_records(folder, problems)
+    records = {record["run_id"]: record for record, _ in read}
+    configs = whole(folder, {record["run_id"]: config for record, config in read}, problems)
+    found = [*records.values()] or read_csv(folder, problems)
     if not found:
         said = f"; {problems[0]}" if problems else ""
         raise UserError(f"{folder}: there is no readable record.json and no row in results.csv{said}")
@@ -83,37 +81,27 @@ def table_of(found: list[dict]) -> pd.DataFrame:
     return rows
 
 
-def read_records(folder: Path, problems: list[str]) -> dict[str, dict]:
+def read_records(folder: Path, problems: list[str]) -> list[tuple[dict, Config | None]]:
+    """The oldest first, each with its configuration."""
     found = []
     for file in sorted(folder.glob("*/record.json")):
         try:
-            record = json.loads(file.read_text())
-            found.append((record.get("started_at", ""), record["run_id"], record))
-        except (OSError, ValueError) as error:
-            problems.append(f"{file}: not a whole record ({str(error).splitlines()[0]})")
-        except (KeyError, AttributeError):
-            problems.append(f"{file}: not a record, it has no run_id")
-    return {run_id: record for _, run_id, record in sorted(found, key=lambda item: item[:2])}
+            found.append(recorded.read(file))
+        except FileFault as fault:
+            problems.append(str(fault))
+    return sorted(found, key=lambda each: (each[0]["started_at"], each[0]["run_id"]))
 
 
-def read_configs(folder: Path, records: dict[str, dict], problems: list[str]) -> dict[str, Config]:
-    """The configurations of the records that hold one; what was refused before it was resolved holds none."""
+def whole(folder: Path, configs: dict[str, Config | None], problems: list[str]) -> dict[str, Config]:
+    """Those that say all that a configuration is: what was refused before it was resolved does not."""
     found = {}
-    for run_id, record in records.items():
-        if "config" in record:
-            config = Config.of(record["config"])
-            missing = [path for path, key in keys().items() if key.of(config) == MISSING]
-            if not missing:
-                found[run_id] = config
-            else:
-                problems.append(f"{folder / run_id / 'record.json'}: its configuration has no {', '.join(missing)}")
+    for run_id, config in configs.items():
+        missing = [path for path, key in keys().items() if config and key.of(config) == MISSING]
+        if missing:
+            problems.append(f"{folder / run_id / 'record.json'}: its configuration has no {', '.join(missing)}")
+        elif config:
+            found[run_id] = config
     return found
-
-
-def row_of(record: dict, config: Config | None) -> dict:
-    """A record's columns, and what it does not say of its configuration: older versions had fewer keys."""
-    said = {column: value for column, value in record.items() if value is not None}
-    return {**record, **(described(config) if config else {}), **said}
 
 
 def read_csv(folder: Path, problems: list[str]) -> list[dict]:

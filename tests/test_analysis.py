@@ -313,7 +313,7 @@ def test_what_is_broken_is_named_and_the_rest_is_reported(sweep):
     (sweep / half / "record.json").write_text('{"run_id": "')
     (sweep / whole / "comm.csv").unlink()
     problems = write(sweep)
-    assert any(f"{half}/record.json: not a whole record" in problem for problem in problems)
+    assert any(f"{half}/record.json: not valid JSON" in problem for problem in problems)
     assert any(f"{whole}/comm.csv: cannot be read" in problem for problem in problems)
     assert all("\n" not in problem for problem in problems)
     assert "tokens/s" in (sweep / "report" / "index.html").read_text()
