@@ -60,7 +60,8 @@ def cells(row: Row, among: Sequence[Key]) -> dict[str, str]:
             if column.name == "peak_bytes" and row.get("peak_bytes") and row.get("capacity_bytes"):
                 found["of memory"] = f"{row['peak_bytes'] / row['capacity_bytes']:.0%}"
     if row.get("losses"):
-        found["loss"] = f"{row['loss_first']:.4f} → {row['loss_last']:.4f}"
+        ends = (row["losses"][0], row["losses"][-1])
+        found["loss"] = " → ".join("not finite" if loss is None else f"{loss:.4f}" for loss in ends)
     return found
 
 

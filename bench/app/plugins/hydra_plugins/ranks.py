@@ -17,6 +17,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from bench.ranks.scratch import scratch
+from conf.files import check_writable
 
 
 class RanksLauncher(Launcher):
@@ -40,8 +41,10 @@ class ProductSweeper(BasicSweeper):
     """Hydra's own. It need not compose every job to see that it can be: RanksLauncher does, before the first runs."""
 
     def sweep(self, arguments: list[str]) -> None:
+        assert self.config is not None
         if self.config.launch.name == "torchrun" and os.environ.get("RANK") != "0":  # the first host alone writes
             self.config.hydra.sweep.dir = str(scratch())
+        check_writable(self.config.hydra.sweep.dir)
         super().sweep(arguments)
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
