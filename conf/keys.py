@@ -20,6 +20,11 @@ from conf.words import Invalid
 MISSING: Any = "???"  # as OmegaConf writes it: a preset or a checkpoint has the value
 MOST = 2**30  # of what no one has so many of
 MOST_RANKS = 2**20
+PLACEMENTS = {  # the axes along which ranks are laid out, those whose neighbours are farthest apart first
+    "ulysses_inner": ("dp", "ring", "ulysses", "tp"),
+    "ring_inner": ("dp", "ulysses", "ring", "tp"),
+    "tp_outer": ("tp", "dp", "ring", "ulysses"),
+}
 
 
 def key(
@@ -203,7 +208,9 @@ class Config:
     seq_len: int = key(512, "tokens per sequence, over all ranks", least=1, most=MOST)
     batch_size: int = key(1, "sequences per step, over all ranks", least=1, most=MOST)
     placement: str = key(
-        "ulysses_inner", "whose neighbours are the nearest ranks", choices=("ulysses_inner", "ring_inner")
+        "ulysses_inner",
+        "whose neighbours are the nearest ranks: tp's, then ulysses' | tp's, then the ring's | all others', then tp's",
+        choices=tuple(PLACEMENTS),
     )
     ulysses: UlyssesConfig = section(UlyssesConfig, "how heads are exchanged")
     ring: RingConfig = section(RingConfig, "how keys and values travel")

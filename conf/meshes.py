@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import gcd, prod
 
-from conf.keys import Config, multiples
+from conf.keys import PLACEMENTS, Config, multiples
 from conf.words import Invalid, around, divisors
 
 AXES = ("dp", "tp", "ulysses", "ring")
@@ -235,13 +235,36 @@ def fill(config: Config) -> None:
             raise Invalid(f"{rule.key}={rule.value} {rule.why}; {around(rule.value, rule.allowed)} would do")
 
 
+@dataclass(frozen=True)
+class Line:
+    """Ranks along an axis: how many, and how far it is from one to the next."""
+
+    size: int
+    stride: int
+
+    def place(self, rank: int) -> int:
+        return rank // self.stride % self.size
+
+    def through(self, rank: int) -> range:
+        """A rank's peers along the axis, itself among them."""
+        first = rank - self.place(rank) * self.stride
+        return range(first, first + self.size * self.stride, self.stride)
+
+
+def lines(degrees: Mapping[str, int], placement: str) -> dict[str, Line]:
+    """The axes as a placement lays them out, and `zero`: all ranks that hold different tokens (dp x ring x ulysses)."""
+    found, stride = {}, 1
+    for axis in reversed(PLACEMENTS[placement]):
+        found[axis] = Line(degrees[axis], stride)
+        stride *= degrees[axis]
+    tp = found["tp"]  # at either end, so that the others are one line
+    return {**found, "zero": Line(stride // tp.size, tp.size if tp.stride == 1 else 1)}
+
+
 def place(config: Config, rank: int) -> dict[str, int]:
-    """Where a rank is along each axis, and along `zero`, all ranks with different tokens (strategies/ops/mesh.py)."""
-    sp = ["ulysses", "ring"] if config.placement == "ulysses_inner" else ["ring", "ulysses"]
-    found, outside = {"zero": rank // (config.mesh.tp or 1)}, rank
-    for axis in ("tp", *sp, "dp"):  # fastest first
-        outside, found[axis] = divmod(outside, getattr(config.mesh, axis) or 1)
-    return found
+    """Where a rank is along each axis."""
+    degrees = {axis: getattr(config.mesh, axis) or 1 for axis in AXES}
+    return {axis: line.place(rank) for axis, line in lines(degrees, config.placement).items()}
 
 
 def check_context_parallel(config: Config) -> None:

@@ -101,6 +101,7 @@ def cases(world_size: int) -> list[Case]:
         found += [Case("usp", ulysses=2, ring=2, packed=True, head_chunks=2, recompute=True)]
         found += [Case("ring", ring=4, layout=layout, kv="all_gather") for layout in LAYOUTS]
         found += [Case("usp", ulysses=2, ring=2, packed=True, kv="all_gather", placement="ring_inner")]
+        found += [Case(name, tp=2, ring=2, placement="tp_outer") for name in ("tp_usp", "odysseus")]
         for stage in (0, 1, 2):
             found += [Case("zero", dp=4, zero_stage=stage), Case("usp", ulysses=2, ring=2, zero_stage=stage)]
             found += [Case(name, dp=2, tp=2, zero_stage=stage) for name in ("tp_sp", "odysseus")]
@@ -115,6 +116,7 @@ def cases(world_size: int) -> list[Case]:
         found += [Case("tp_usp", tp=2, ulysses=2, ring=2, layout=layout) for layout in LAYOUTS]
         found += [Case("usp", dp=2, ulysses=2, ring=2), Case("odysseus", dp=2, tp=2, ring=2)]
         found += [Case("tp_usp", dp=2, tp=2, ring=2)]
+        found += [Case("tp_sp", dp=2, tp=4, zero_stage=1, placement="tp_outer")]
     return found
 
 

@@ -126,11 +126,12 @@ def ring_error(rank: int, layout: str, size: int) -> tuple[float, list[float]] |
     """Ring attention in fp32 over `size` ranks against fp64 in one piece, on rank 0."""
     import torch.distributed as dist
 
+    from conf.meshes import Line
     from strategies.base import Options
     from strategies.ops.mesh import axis_of
     from strategies.ops.ring_attention import ring_attention
 
-    axis = axis_of("cpu", "ring", size, 1)
+    axis = axis_of("cpu", "ring", Line(size, stride=1))
     whole = inputs(2, 8 * size, (8, 2), 16, torch.float64)
     exact = [t.clone().requires_grad_() for t in whole[:3]]
     mask = torch.ones(8 * size, 8 * size, dtype=torch.bool).tril()

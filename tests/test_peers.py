@@ -24,6 +24,7 @@ from tests.ranks import on_ranks
 from tests.test_parity import CLOSE, run_all_heads
 
 MODELS = [Case("ddp", dp=4), Case("fsdp2", dp=4), Case("torch_tp", tp=2), Case("torch_tp", dp=2, tp=2)]
+MODELS += [Case("torch_tp", dp=2, tp=2, placement="tp_outer")]
 ATTENTION = [
     Case("torch_cp", ring=4),
     Case("torch_cp", ring=2, dp=2, layout="contiguous"),

@@ -2,7 +2,7 @@
 
 import math
 
-from conf.keys import Config
+from conf.keys import PLACEMENTS, Config
 
 
 def turns(config: Config) -> list[list[int]]:
@@ -30,9 +30,8 @@ def unlike_ranks(config: Config) -> list[int]:
         "ulysses": False,
         "tp": any(size % mesh["tp"] for size in (model.vocab_size, model.ffn_dim)),
     }
-    inner = ["ring", "ulysses"] if config.placement == "ulysses_inner" else ["ulysses", "ring"]
     rank = 0
-    for axis in ("dp", *inner, "tp"):  # slowest first, as in strategies/ops/mesh.py
+    for axis in PLACEMENTS[config.placement]:
         rank = rank * mesh[axis] + (mesh[axis] - 1 if last[axis] else 0)
     rows = {model.dim, model.vocab_size, model.ffn_dim}
     rows |= {n_heads * (model.head_dim or 1) for n_heads in (model.n_heads, model.n_kv_heads)}

@@ -1,7 +1,7 @@
 """The mesh: world_size ranks along four named axes, and the groups that talk along each.
 
-Order, slowest first: dp, ring, ulysses, tp. Neighbours in tp and ulysses talk most, so they are the nearest ranks
-(USP paper, section 4: ulysses inside, ring outside); placement=ring_inner swaps these two.
+Neighbours in tp and ulysses talk most, so they are the nearest ranks, unless another placement is asked for (USP paper,
+section 4: ulysses inside, ring outside; the orders are in conf/keys.py).
 """
 
 import functools
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+
+from conf.meshes import Line, lines
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class Axis:
     size: int = 1
     rank: int = 0
     mesh: DeviceMesh | None = None  # of this axis alone
+    stride: int = 1  # from one rank to the next
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -35,7 +38,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """The axes, and `zero`: all ranks that hold different tokens (dp x ring x ulysses), over which ZeRO shards."""
+    """The axes, and `zero`, over which ZeRO shards: all ranks that hold different tokens."""
 
     dp: Axis
     ring: Axis
@@ -49,42 +52,32 @@ class Mesh:
         cls, device: str, dp: int = 1, ring: int = 1, ulysses: int = 1, tp: int = 1, placement: str = "ulysses_inner"
     ) -> "Mesh":
         """Every rank calls this once, after init_process_group with dp * ring * ulysses * tp ranks."""
-        sp = {"ring": ring, "ulysses": ulysses} if placement == "ulysses_inner" else {"ulysses": ulysses, "ring": ring}
-        axes = axes_of(device, {"dp": dp, **sp, "tp": tp})
-        zero = axes_of(device, {"zero": dp * ring * ulysses, "inside": tp})["zero"]
-        return cls(**axes, zero=zero, device=device)
+        degrees = {"dp": dp, "ring": ring, "ulysses": ulysses, "tp": tp}
+        axes = {name: axis_of(device, name, line) for name, line in lines(degrees, placement).items()}
+        return cls(**axes, device=device)
 
 
-def axes_of(device: str, degrees: dict[str, int]) -> dict[str, Axis]:
-    """Lay the ranks out as `degrees`, first axis slowest, and return this rank's view of every axis.
+@functools.cache  # groups are made once a process: they cost threads and connections
+def axis_of(device: str, name: str, line: Line) -> Axis:
+    """This rank's view of an axis.
 
     Every axis gets groups of its own, even where two have the same ranks: weights never queue behind activations,
     and a group's description says which axis it is.
     """
-    axes, stride = {}, 1
-    for name, size in reversed(degrees.items()):
-        axes[name] = axis_of(device, name, size, stride)
-        stride *= size
-    return axes
-
-
-@functools.cache  # groups are made once a process: they cost threads and connections
-def axis_of(device: str, name: str, size: int, stride: int) -> Axis:
-    """The axis along which this rank's peers are `stride` apart."""
-    if size == 1:
+    if line.size == 1:
         return Axis(name)
     me = dist.get_rank()
-    place = me // stride % size
-    ranks = [me + (i - place) * stride for i in range(size)]
+    ranks = list(line.through(me))
     group = dist.new_group(ranks, use_local_synchronization=True, group_desc=name)
-    return Axis(name, size, place, DeviceMesh.from_group(group, device, ranks, mesh_dim_names=(name,)))
+    mesh = DeviceMesh.from_group(group, device, ranks, mesh_dim_names=(name,))
+    return Axis(name, line.size, line.place(me), mesh, line.stride)
 
 
 def neighbours(mesh: Mesh, size: int) -> Axis:
-    """Groups of `size` consecutive ranks within tp, the innermost axis: those that hold one and the same slice."""
-    return axis_of(mesh.device, "tp_replicas", size, stride=1)
+    """Groups of `size` neighbours along tp: those that hold one and the same slice."""
+    return axis_of(mesh.device, "tp_replicas", Line(size, mesh.tp.stride))
 
 
 def everyone(mesh: Mesh) -> Axis:
     """All ranks as one axis."""
-    return axis_of(mesh.device, "world", mesh.zero.size * mesh.tp.size, stride=1)
+    return axis_of(mesh.device, "world", Line(mesh.zero.size * mesh.tp.size, stride=1))

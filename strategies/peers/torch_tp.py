@@ -7,7 +7,7 @@ row-wise outputs reduce-scattered along the sequence, cross-entropy on a split v
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -26,7 +26,8 @@ from strategies.tp_sp import TPSP
 
 class TorchTP(TPSP):
     def shard(self, model: nn.Module) -> None:
-        mesh = init_device_mesh(self.mesh.device, (self.dp.size, self.tp.size), mesh_dim_names=("dp", "tp"))
+        dp, tp = (torch.arange(axis.size) * axis.stride for axis in (self.dp, self.tp))
+        mesh = DeviceMesh(self.mesh.device, dp[:, None] + tp, mesh_dim_names=("dp", "tp"))
         loss_parallel().__enter__()  # backward needs it too
         for block in model.blocks:
             block.attn_norm, block.mlp_norm = theirs(block.attn_norm), theirs(block.mlp_norm)
