@@ -11,6 +11,7 @@ from pathlib import Path
 
 from bench.ranks.task import Failure
 
+HEAD = "Stack (most recent call first)"  # of every stack that faulthandler writes
 ANSWER_S = 5.0  # for a stack, of a rank that is asked for it
 SHORT_OF_MEMORY = ("bad_alloc", "can't allocate memory", "annot allocate memory", "not enough memory")
 
@@ -73,18 +74,20 @@ def counted(file: Path, name: str) -> int:
 def where_ranks_are(pids: Mapping[int, int], starting: Iterable[int], folder: str) -> str:
     """Ask every rank that can answer for its stack, and say which strategy line and which collective each is in.
 
-    A rank that was stopped cannot answer before it is let go on, and then does so first of all.
+    A rank that was stopped is let go on first. It is asked until it answers: a thread that has no Python stack may be
+    the one to hear it.
     """
     asked = {rank: pid for rank, pid in pids.items() if rank not in starting}
     stopped = {rank for rank, pid in asked.items() if state(pid) == "T"}
-    for blow in (signal.SIGUSR1, signal.SIGCONT):
-        for pid in asked.values():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, blow)
+    for rank in stopped:
+        blow(asked[rank], signal.SIGCONT)
     until = time.monotonic() + ANSWER_S
-    while time.monotonic() < until and any(state(pid) and not answer(rank, folder) for rank, pid in asked.items()):
-        time.sleep(0.05)
-    time.sleep(0.05)  # for the end of a stack whose beginning is there
+    while waited_for := [pid for rank, pid in asked.items() if is_alive(pid) and not answer(rank, folder)]:
+        if time.monotonic() > until:
+            break
+        for pid in waited_for:
+            blow(pid, signal.SIGUSR1)
+        time.sleep(0.1)
     places = []
     for rank, pid in pids.items():
         if rank in starting:
@@ -92,13 +95,22 @@ def where_ranks_are(pids: Mapping[int, int], starting: Iterable[int], folder: st
         elif where := place(answer(rank, folder)):
             places.append(f"rank {rank} {'was stopped' if rank in stopped else 'is'} in {where}")
         else:
-            places.append(f"rank {rank} {'does not answer' if state(pid) not in ('', 'Z') else 'has ended'}")
+            places.append(f"rank {rank} {'does not answer' if is_alive(pid) else 'has ended'}")
     return ", ".join(places)
 
 
 def answer(rank: int, folder: str) -> str:
-    """What it has written of its stack."""
-    return read(stack_file(folder, rank))
+    """Its stack, as it wrote it first."""
+    return read(stack_file(folder, rank)).removeprefix(HEAD).partition(HEAD)[0]
+
+
+def blow(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def is_alive(pid: int) -> bool:
+    return state(pid) not in ("", "Z", "X")
 
 
 def state(pid: int) -> str:
