@@ -40,33 +40,38 @@ def read_config(folder: str) -> dict[str, Any]:
     for name, supported in ONLY.items():
         if theirs.get(name, supported) != supported:
             raise FileFault(f"{file}: {name} is {short(theirs[name])}, and only {supported!r} can be read")
-    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    scaling = "rope_parameters" if theirs.get("rope_parameters") else "rope_scaling"  # of transformers 5, and of 4
+    rope = theirs.get(scaling) or {}
     if not isinstance(rope, Mapping):
-        raise FileFault(f"{file}: rope_parameters or rope_scaling is {short(rope)}, and an object, {{...}}, is needed")
-    theta = {"rope_theta": rope["rope_theta"]} if rope.get("rope_theta") is not None else {}  # transformers 5
+        raise FileFault(f"{file}: {scaling} is {short(rope)}, and an object, {{...}}, is needed")
+    theta = {"rope_theta": rope["rope_theta"]} if rope.get("rope_theta") is not None else {}
     same = {"num_key_value_heads": theirs.get("num_attention_heads")}
-    sizes = read_fields(file, ModelConfig, SIZES, {**DEFAULTS, **same, **theirs, **theta})
+    sizes = read_fields(f"{file}: ", ModelConfig, SIZES, {**DEFAULTS, **same, **theirs, **theta})
     sizes["head_dim"] = sizes["head_dim"] or sizes["dim"] // sizes["n_heads"]
-    return {**sizes, "rope_theta": float(sizes["rope_theta"]), "rope_scaling": read_rope_scaling(file, rope)}
+    return {
+        **sizes,
+        "rope_theta": float(sizes["rope_theta"]),
+        "rope_scaling": read_rope_scaling(f"{file}: {scaling}.", rope),
+    }
 
 
-def read_rope_scaling(file: Path, rope: Mapping) -> RopeScaling | None:
+def read_rope_scaling(where: str, rope: Mapping) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
     if kind != "llama3":
-        raise FileFault(f"{file}: rope_type is {short(kind)}, and only 'default' and 'llama3' can be read")
-    return RopeScaling(**read_fields(file, RopeScaling, SCALING, rope))
+        raise FileFault(f"{where}rope_type is {short(kind)}, and only 'default' and 'llama3' can be read")
+    return RopeScaling(**read_fields(where, RopeScaling, SCALING, rope))
 
 
-def read_fields(file: Path, cls: type, names: Mapping[str, str], theirs: Mapping) -> dict[str, Any]:
+def read_fields(where: str, cls: type, names: Mapping[str, str], theirs: Mapping) -> dict[str, Any]:
     """Fields of ours by their names there, each of its type and within its bounds."""
     hints, rules = get_type_hints(cls), {field.name: field.metadata for field in fields(cls)}
     found = {}
     for ours, name in names.items():
         if name not in theirs:
-            raise FileFault(f"{file}: {name} is missing")
+            raise FileFault(f"{where}{name} is missing")
         found[ours] = value = theirs[name]
         if fault := not_of(hints[ours], value) or beyond(rules[ours], value):
-            raise FileFault(f"{file}: {name}={short(value)} {fault}")
+            raise FileFault(f"{where}{name}={short(value)} {fault}")
     return found
