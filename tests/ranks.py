@@ -8,7 +8,7 @@ import traceback
 from datetime import timedelta
 from multiprocessing.connection import wait
 
-from bench.ranks.launch import start_server
+from bench.ranks.launch import loopback, start_server
 
 TIMEOUT_S = 120
 
@@ -19,6 +19,7 @@ def serve(rank: int, world_size: int, rendezvous: str | None, pipe) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = loopback()
     if rendezvous:
         dist.init_process_group(
             "gloo",

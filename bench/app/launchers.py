@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from bench.ranks.launch import Progress, launch, start_server
+from bench.ranks.launch import Progress, interrupted, launch, start_server
 from bench.ranks.task import Outcome, Task
 from conf.keys import Config
 
@@ -14,6 +14,7 @@ Launch = Callable[[Task, Progress], Outcome]
 @contextmanager
 def launching(config: Config) -> Iterator[Launch]:
     """What launches a task, as long as the sweep lasts. On a host that follows another, this is the whole sweep."""
+    interrupted.clear()
     if config.launch.name != "torchrun":
         start_server()
         yield launch

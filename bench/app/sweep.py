@@ -15,6 +15,7 @@ from bench.app.launchers import Launch, launching
 from bench.app.records import Row
 from bench.app.row import Launcher, run
 from bench.app.terminal import console, in_sight, in_silence, outcome_line, print_table, say
+from bench.ranks.launch import interrupted
 from bench.ranks.task import HostLost, Outcome, Task
 from conf.columns import described
 from conf.keys import Key, beyond, keys, run_id
@@ -111,6 +112,9 @@ def simulate_each(jobs: list[Job], launch: Launch) -> Iterator[tuple[int, Row]]:
                 left = (time.monotonic() - started) / n * (len(jobs) - n)
                 say(f"[{n}/{len(jobs)}, about {left:.0f} s left] ", row, among)
                 yield waiting[future], row
+        except BaseException:
+            interrupted.set()  # what runs is not waited for
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -38,9 +38,7 @@ def of_torchrun() -> tuple[int, int]:
             "--rdzv-backend=c10d --rdzv-endpoint=HOST:PORT -m bench ... launch=torchrun on every host would do"
         ) from None
     if local != 1:
-        raise Invalid(
-            f"launch=torchrun: --nproc-per-node={local}: a host's ranks are started by its one process; 1 would do"
-        )
+        raise Invalid(f"launch=torchrun: --nproc-per-node={local}: one process starts a host's ranks; 1 would do")
     return number, count
 
 
