@@ -12,6 +12,7 @@ from bench.app.interrupts import heed, leave
 from bench.app.job import Job
 from bench.ranks.task import HostLost
 from conf import compose
+from conf.files import FileFault
 from conf.words import Invalid, did_you_mean
 
 HYDRA: dict[str, Any] = {
@@ -76,6 +77,9 @@ def main(composed: DictConfig) -> None:
         job = Job.of(composed, HydraConfig.get().overrides.task)
     except compose.REFUSED as error:  # here: Hydra would say first that a job has failed
         sys.exit(f"bench: {compose.sentence(error)}")
-    row = run_one(job)
+    try:
+        row = run_one(job)
+    except FileFault as fault:
+        sys.exit(f"bench: {fault}")
     if row["status"] != "ok":
         sys.exit(1)
