@@ -4,13 +4,19 @@ account.py says what an account is; letters.py, sent.py and weights.py are what 
 """
 
 import importlib
+from collections.abc import Callable, Iterable, Mapping
+from math import isclose
 from pathlib import Path
+from typing import Any
 
 from analysis import UserError
 from analysis.accounts.account import Account
+from analysis.accounts.comparison import compared
 from analysis.accounts.letters import Letters
 from analysis.accounts.sent import Sent, total
 from conf.keys import Config
+
+EXACT = 1e-12  # of whole numbers, as far as floating point has them
 
 
 def account_of(name: str) -> Account | None:
@@ -20,8 +26,12 @@ def account_of(name: str) -> Account | None:
     try:
         return importlib.import_module(f"analysis.accounts.{name}").ACCOUNT
     except Exception as error:
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{file_of(name)}: {said}") from error
+        raise at_fault(name, error) from error
+
+
+def at_fault(name: str, error: Exception) -> UserError:
+    said = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UserError(f"{file_of(name)}: {said}")
 
 
 def file_of(name: str) -> str:
@@ -33,29 +43,46 @@ def none_of(name: str) -> str:
     return f"{name} has no account: {file_of(name)} would be it"
 
 
+def answer(config: Config, rank: int | None, question: Callable[[Account, Letters], Any]) -> Any:
+    """Of the account, for a rank of a resolved configuration, or the one that has most to do; None without an account.
+
+    Raises UserError for an account that has no answer.
+    """
+    name = config.strategy.name
+    account, letters = account_of(name), Letters.of(config, rank)
+    try:
+        return None if account is None else question(account, letters)
+    except Exception as error:
+        raise at_fault(name, error) from error
+
+
 def predicted(config: Config, rank: int | None = None) -> list[Sent] | None:
-    """What a rank of a resolved configuration sends in a step, or the busiest; None without an account."""
-    account = account_of(config.strategy.name)
-    if account is None:
-        return None
-    letters = Letters.of(config, rank)
+    """What a rank, or the busiest, sends in a step."""
     if config.workload == "attention":
-        return account.of_attention(letters, config.direction == "forward_backward")
-    return account.of_step(letters)
-
-
-def step_flops(config: Config, rank: int | None = None) -> int | None:
-    """The FLOPs of a rank of a resolved configuration, or of the one that does most; None without an account."""
-    account = account_of(config.strategy.name)
-    if account is None:
-        return None
-    letters = Letters.of(config, rank)
-    if config.workload == "attention":
-        return round(account.flops_of_attention(letters, config.direction == "forward_backward"))
-    return round(account.flops_of_step(letters))
+        return answer(config, rank, lambda account, s: account.of_attention(s, config.direction == "forward_backward"))
+    return answer(config, rank, lambda account, s: account.of_step(s))
 
 
 def step_bytes(config: Config, rank: int | None = None) -> int | None:
-    """The bytes that a rank of a resolved configuration sends in a step, or the busiest; None without an account."""
+    """The bytes of that."""
     lines = predicted(config, rank)
     return None if lines is None else round(total(lines))
+
+
+def step_flops(config: Config, rank: int | None = None) -> int | None:
+    """What a rank, or the one that does most, computes in a step."""
+    if config.workload == "attention":
+        backward = config.direction == "forward_backward"
+        return answer(config, rank, lambda account, s: round(account.flops_of_attention(s, backward)))
+    return answer(config, rank, lambda account, s: round(account.flops_of_step(s)))
+
+
+def differences(config: Config, rank: int, comm: Iterable[Mapping], flops: int) -> list[str]:
+    """What a rank has counted and its account does not say, a sentence each; nothing without an account."""
+    lines, derived = predicted(config, rank), step_flops(config, rank)
+    if lines is None or derived is None:
+        return []
+    wrong = [str(each) for each in compared(lines, comm) if not each.exact]
+    if not isclose(flops, derived, rel_tol=EXACT):
+        wrong.append(f"{derived:,} FLOP were derived and {flops:,} counted")
+    return wrong

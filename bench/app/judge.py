@@ -13,8 +13,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from analysis.accounts import predicted, step_flops
-from analysis.accounts.comparison import compared
+from analysis.accounts import differences
 from conf.groups import HERE
 from conf.keys import Config, ModelConfig
 from conf.measurement import Measured, Rank, worst
@@ -22,7 +21,6 @@ from conf.meshes import place
 
 CLOSE = {"fp32": 1e-4, "bf16": 0.03, "bf16_mixed": 0.03}  # of two ways to compute the same
 SAME = 1e-4  # of two sums of the same numbers, which are fp32 in every precision
-EXACT = 1e-12  # of whole numbers that a formula has made in floating point
 SIGMAS = 6  # how far a random number goes from its mean: further once in 10^9 times
 WEIGHT_STD = 0.02  # of a random initial matrix (bench/workloads/build.py)
 
@@ -50,17 +48,18 @@ def of_losses(config: Config, ranks: Sequence[Rank]) -> Iterator[str]:
         if not isfinite(rank.loss_shares[step]):
             yield f"the loss of rank {rank.rank} is not finite at step {step + 1}"
     places = {rank.rank: place(config, rank.rank) for rank in trained}
-    firsts = [rank for rank in trained if places[rank.rank]["tp"] == 0]  # the others have the tokens of one of these
+    firsts = {places[rank.rank]["zero"]: rank for rank in trained if places[rank.rank]["tp"] == 0}
     for step in steps:
         for rank in trained:
-            first = firsts[places[rank.rank]["zero"]]
+            first = firsts[places[rank.rank]["zero"]]  # which has the same tokens
             ours, theirs = ((r.loss_shares[step], r.token_shares[step]) for r in (rank, first))
             if not all(map(same, ours, theirs)):
                 yield (
                     f"rank {rank.rank} and rank {first.rank} have the same tokens, and at step {step + 1} they make "
                     f"{ours[0]:.6g} and {theirs[0]:.6g} of the loss"
                 )
-        loss, tokens = sum(rank.loss_shares[step] for rank in firsts), sum(rank.token_shares[step] for rank in firsts)
+        loss = sum(rank.loss_shares[step] for rank in firsts.values())
+        tokens = sum(rank.token_shares[step] for rank in firsts.values())
         if tokens and not same(tokens, 1):
             yield f"at step {step + 1} the ranks have {tokens:.6g} of the tokens that count"
         for rank in trained:
@@ -117,13 +116,8 @@ def first_loss(model: ModelConfig, labels: float) -> tuple[float, float]:
 def of_counts(found: Measured) -> Iterator[str]:
     """What each rank sent and computed, against its strategy's account."""
     for rank in found.ranks:
-        counted = [vars(entry) for entry in rank.comm]
-        for each in compared(predicted(found.config, rank.rank) or (), counted):
-            if not each.exact:
-                yield f"rank {rank.rank}: {each}"
-        derived = step_flops(found.config, rank.rank)
-        if derived is not None and not isclose(rank.flops, derived, rel_tol=EXACT):
-            yield f"rank {rank.rank}: {derived:,} FLOP were derived and {rank.flops:,} counted"
+        for each in differences(found.config, rank.rank, map(vars, rank.comm), rank.flops):
+            yield f"rank {rank.rank}: {each}"
 
 
 # Attention.
