@@ -223,7 +223,11 @@ class Config:
         "fp32", "of weights and activations; bf16_mixed has fp32 weights", choices=("fp32", "bf16", "bf16_mixed")
     )
     attention: AttentionConfig = section(AttentionConfig, "on one block")
-    recompute: str = key("none", "what forward does not keep but backward runs again", choices=("none", "block"))
+    recompute: str = key(
+        "none",
+        "what backward makes again: none | selective: norms and the MLP's product | block: all of a block",
+        choices=("none", "selective", "block"),
+    )
     compile: bool = key(False, "torch.compile of the norms, the rotation and the MLP's activation")
     mlp: MlpConfig = section(MlpConfig, "the MLPs in pieces")
     loss: LossConfig = section(LossConfig, "the loss in pieces")

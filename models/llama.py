@@ -20,6 +20,7 @@ from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 from conf.keys import ModelConfig
+from models.remade import Kept, Remade
 
 
 class Strategy(Protocol):
@@ -92,7 +93,21 @@ class SwiGLU(nn.Module):
     """silu(gate) * up (Shazeer 2020)."""
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return Gated.apply(gate, up)
+
+
+class Gated(Function):
+    """silu(gate) * up that keeps gate and up, and no silu(gate), as fused kernels do."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
         return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
 
 
 POINTWISE = RMSNorm, Rotary, SwiGLU  # what a compiler can fuse without seeing a matrix or a message
@@ -127,9 +142,10 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig, chunks: int) -> None:
+    def __init__(self, config: ModelConfig, chunks: int, made: Kept) -> None:
         super().__init__()
         self.chunks = chunks
+        self.made = made
         self.gate = Linear(config.dim, config.ffn_dim)
         self.up = Linear(config.dim, config.ffn_dim)
         self.down = Linear(config.ffn_dim, config.dim)
@@ -141,7 +157,7 @@ class MLP(nn.Module):
 
     def output(self, projected: tuple[Tensor, ...]) -> Tensor:
         """gate and up [B, S, F] -> [B, S, D]"""
-        return self.down(self.swiglu(*projected))
+        return self.down(self.made(self.swiglu, *projected))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.tiled(lambda part: self.output(self.project(part)), x)
@@ -159,23 +175,25 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One pre-norm transformer block: two residual additions, both sublayers run by the strategy."""
 
-    def __init__(self, config: ModelConfig, strategy: Strategy, recompute: bool, mlp_chunks: int) -> None:
+    def __init__(self, config: ModelConfig, strategy: Strategy, recompute: str, mlp_chunks: int) -> None:
         super().__init__()
+        self.made = Remade() if recompute == "selective" else Kept()
         self.attn_norm = RMSNorm(config.dim, config.norm_eps)
         self.attn = Attention(config)
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
-        self.mlp = MLP(config, mlp_chunks)
+        self.mlp = MLP(config, mlp_chunks, self.made)
         self.strategy = strategy
         self.recompute = recompute
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        if self.recompute:
+        if self.recompute == "block":
             return checkpoint(self.sublayers, x, rope, use_reentrant=False)
-        return self.sublayers(x, rope)
+        with self.made.around():
+            return self.sublayers(x, rope)
 
     def sublayers(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        x = x + self.strategy.attention(self.attn, self.attn_norm(x), rope)
-        return x + self.strategy.mlp(self.mlp, self.mlp_norm(x))
+        x = x + self.strategy.attention(self.attn, self.made(self.attn_norm, x), rope)
+        return x + self.strategy.mlp(self.mlp, self.made(self.mlp_norm, x))
 
 
 class Embed(nn.Module):
@@ -216,8 +234,9 @@ class Llama(nn.Module):
     """The model on the tokens that this process owns.
 
     `strategy` answers what involves other ranks; `dtype` is the dtype of the activations (and of the weights as they
-    are used); with `recompute` each block keeps its input only and runs again in backward. The MLPs and the loss run in
-    `mlp_chunks` and `loss_chunks` pieces of the tokens that are here, one after the other.
+    are used). recompute: with `selective` norms' outputs and the MLPs' products are made again (remade.py), with
+    `block` each block keeps its input only and runs again. The MLPs and the loss run in `mlp_chunks` and `loss_chunks`
+    pieces of the tokens that are here, one after the other.
     """
 
     def __init__(
@@ -225,7 +244,7 @@ class Llama(nn.Module):
         config: ModelConfig,
         strategy: Strategy,
         dtype: torch.dtype,
-        recompute: bool = False,
+        recompute: str = "none",
         mlp_chunks: int = 1,
         loss_chunks: int = 1,
     ) -> None:

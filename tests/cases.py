@@ -33,7 +33,7 @@ class Case:
     head_chunks: int = 1
     kv: str = "rotate"
     placement: str = "ulysses_inner"
-    recompute: bool = False
+    recompute: str = "none"
     mlp_chunks: int = 1
     loss_chunks: int = 1
 
@@ -75,7 +75,7 @@ class Case:
         chunks = f"chunks {self.mlp_chunks},{self.loss_chunks}" if max(self.mlp_chunks, self.loss_chunks) > 1 else ""
         heads = f"head chunks {self.head_chunks}" if self.head_chunks > 1 else ""
         variant = ("packed" if self.packed else "", heads, self.kv.removeprefix("rotate"))
-        variant = (*variant, "recompute" if self.recompute else "", chunks)
+        variant = (*variant, {"block": "recompute"}.get(self.recompute, self.recompute.removeprefix("none")), chunks)
         inner = self.placement.removeprefix("ulysses_inner")
         return " ".join(part for part in (self.strategy, axes, layout, stage, *variant, inner) if part)
 
@@ -98,7 +98,7 @@ def cases(world_size: int) -> list[Case]:
         found += [Case("odysseus", ring=4)]
         found += [Case("ulysses", ulysses=4, packed=True), Case("tp_usp", tp=2, ulysses=2, packed=True)]
         found += [Case("ulysses", dp=2, ulysses=2, head_chunks=2), Case("tp_usp", ulysses=2, ring=2, head_chunks=2)]
-        found += [Case("usp", ulysses=2, ring=2, packed=True, head_chunks=2, recompute=True)]
+        found += [Case("usp", ulysses=2, ring=2, packed=True, head_chunks=2, recompute="block")]
         found += [Case("ring", ring=4, layout=layout, kv="all_gather") for layout in LAYOUTS]
         found += [Case("usp", ulysses=2, ring=2, packed=True, kv="all_gather", placement="ring_inner")]
         found += [Case(name, tp=2, ring=2, placement="tp_outer") for name in ("tp_usp", "odysseus")]
@@ -108,10 +108,13 @@ def cases(world_size: int) -> list[Case]:
         chunks = {"mlp_chunks": 2, "loss_chunks": 3}
         found += [Case("zero", dp=4, **chunks), Case("ulysses", ulysses=4, **chunks)]
         found += [Case(name, tp=4, **chunks) for name in ("tp", "tp_sp", "odysseus")]
-        found += [Case("tp_sp", tp=4, recompute=True), Case("ring", ring=4, recompute=True)]
-        chunks = {"recompute": True, "mlp_chunks": 3, "loss_chunks": 2}
+        found += [Case("tp_sp", tp=4, recompute="block"), Case("ring", ring=4, recompute=True)]
+        chunks = {"recompute": "block", "mlp_chunks": 3, "loss_chunks": 2}
         found += [Case(name, tp=4, **chunks) for name in ("tp", "tp_sp", "odysseus")]
         found += [Case("usp", ulysses=2, ring=2, **chunks), Case("tp_usp", tp=2, ulysses=2, **chunks)]
+        found += [Case("zero", dp=4, recompute="selective"), Case("ulysses", ulysses=4, recompute="selective")]
+        found += [Case(name, dp=2, tp=2, recompute="selective") for name in ("tp", "tp_sp", "odysseus")]
+        found += [Case("tp_usp", tp=2, ring=2, recompute="selective", mlp_chunks=2)]
     if n == 8:
         found += [Case("tp_usp", tp=2, ulysses=2, ring=2, layout=layout) for layout in LAYOUTS]
         found += [Case("usp", dp=2, ulysses=2, ring=2), Case("odysseus", dp=2, tp=2, ring=2)]
@@ -155,6 +158,6 @@ def config_of(
         seq_len=seq_len,
         batch_size=batch_size,
         precision=precision,
-        recompute="block" if case.recompute else "none",
+        recompute=case.recompute,
         zero_stage=case.zero_stage,
     )

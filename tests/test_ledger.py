@@ -50,7 +50,7 @@ def block_form(case: Case, n_kv_heads: int, batch: int, seq_len: int, e: int) ->
             add("backward", "all_gather", case.zero_stage - 2, (case.zero_stage - 2) * sent, True)
             add("backward", "reduce_scatter", 1, sent, True)
 
-    again = 1 if case.recompute else 0
+    again = 1 if case.recompute == "block" else 0
     f = (tp - 1) / tp
     if case.strategy == "tp":
         add("forward", "all_reduce", 2, 2 * 2 * f * D)
@@ -186,9 +186,9 @@ COSTED = [
 ]
 VARIATIONS = {
     "plain": {},
-    "recompute": {"case": {"recompute": True}},
+    "recompute": {"case": {"recompute": "block"}},
     "chunks": {"case": {"mlp_chunks": 3, "loss_chunks": 3}},
-    "chunks, recomputed": {"case": {"mlp_chunks": 2, "loss_chunks": 2, "recompute": True}},
+    "chunks, recomputed": {"case": {"mlp_chunks": 2, "loss_chunks": 2, "recompute": "block"}},
     "bf16_mixed": {"precision": "bf16_mixed"},
     "bf16, dK and dV too": {"precision": "bf16", "ring_grad_dtype": "same"},
     **{f"zero_stage {stage}": {"case": {"zero_stage": stage}} for stage in (0, 1, 2)},

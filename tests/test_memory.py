@@ -76,7 +76,7 @@ def test_tp_keeps_whole_activations_between_the_matrices(single):
 
 @pytest.mark.parametrize("case", [Case("single"), *SPLIT], ids=str)
 def test_recompute_keeps_block_inputs_only(case: Case):
-    plain, recomputed = first_peak(case), first_peak(replace(case, recompute=True))
+    plain, recomputed = first_peak(case), first_peak(replace(case, recompute="block"))
     assert recomputed.activations < 0.35 * plain.activations
 
 
@@ -105,12 +105,15 @@ def test_logits_never_exist_whole_where_the_loss_runs_in_chunks(case: Case):
 
 @pytest.mark.parametrize("case", CHUNKED, ids=str)
 def test_the_mlp_never_exists_whole_where_it_runs_in_chunks(case: Case):
-    """Kept for backward are gate, up and their product, F wide: in chunks, the input alone."""
+    """Kept for backward are gate, up and their product, F wide: in chunks, the input alone.
+
+    At the peak, in the last block's backward, its product is gone already.
+    """
     sizes = {**SIZES, "dim": 32, "ffn_dim": 2048}
     plain, chunked = first_peak(case, sizes), first_peak(replace(case, mlp_chunks=8), sizes)
     tokens = SEQ_LEN / (case.ulysses * case.ring * case.tp)
     wide = 4 * tokens * sizes["ffn_dim"]
-    assert plain.activations - chunked.activations > 3 * sizes["n_layers"] * wide
+    assert plain.activations - chunked.activations > 0.95 * (3 * sizes["n_layers"] - 1) * wide
     assert plain.total - chunked.total > 3 * (sizes["n_layers"] - 1) * wide
 
 
@@ -157,8 +160,11 @@ def test_the_parts_are_the_peak(single):
     assert single.total == sum(getattr(single, part) for part in vars(single) if part != "total")
 
 
+SELECTIVE = [replace(case, recompute="selective") for case in (Case("single"), Case("tp", tp=N), *SPLIT)]
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("case", [Case("single"), Case("zero", dp=N), Case("tp", tp=N), *SPLIT], ids=str)
+@pytest.mark.parametrize("case", [Case("single"), Case("zero", dp=N), Case("tp", tp=N), *SPLIT, *SELECTIVE], ids=str)
 def test_a_block_keeps_what_the_cost_table_says(case: Case, dtype: str):
     """To the byte: what a third layer adds to the activations at the peak."""
     sizes = {"dim": 64, "n_heads": 8, "n_kv_heads": 2, "ffn_dim": 96, "vocab_size": 128}

@@ -23,19 +23,19 @@ MODEL = {"dim": 64, "n_layers": 9, "n_heads": 8, "n_kv_heads": 4, "ffn_dim": 96,
 DEEP = [
     Case("single"),
     Case("tp", tp=4),
-    Case("tp_sp", tp=4, recompute=True),
+    Case("tp_sp", tp=4, recompute="block"),
     Case("ulysses", ulysses=4),
     Case("zero", dp=4, zero_stage=2),
     Case("zero", dp=4, zero_stage=1),
     Case("ring", ring=4, zero_stage=0),
-    Case("usp", ulysses=2, ring=2, recompute=True, loss_chunks=3),
+    Case("usp", ulysses=2, ring=2, recompute="block", loss_chunks=3),
     Case("odysseus", tp=2, ring=2, mlp_chunks=2),
-    Case("tp_usp", tp=2, ulysses=2, recompute=True),
+    Case("tp_usp", tp=2, ulysses=2, recompute="block"),
 ]
 LONG_RINGS = [
-    *(Case("ring", ring=8, layout=layout, recompute=True) for layout in LAYOUTS),
+    *(Case("ring", ring=8, layout=layout, recompute="block") for layout in LAYOUTS),
     *(Case("usp", ulysses=2, ring=5, layout=layout) for layout in LAYOUTS),
-    Case("tp_usp", tp=2, ring=6, layout="striped", recompute=True),
+    Case("tp_usp", tp=2, ring=6, layout="striped", recompute="block"),
     Case("odysseus", tp=2, ring=7),
 ]
 

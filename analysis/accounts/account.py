@@ -77,13 +77,15 @@ class Account:
         """Bytes that a block keeps for its backward.
 
         Between the matrices: both norms' inputs and outputs, each [T, d] (their 1/rms in fp32 beside). In the MLP gate,
-        silu(gate), up and their product, each [T, i].
+        up and their gated product, each [T, i]. Selectively, outputs and product are made again; but an MLP in chunks,
+        of which each is run again, keeps its input.
         """
         between = self.between(s)
         if s.recompute:
             return between * s.d * s.e
-        norms = between * (4 * s.d * s.e + 2 * WIDE)
-        mlp = 0 if s.mlp_chunks > 1 else 4 * s.tokens / s.tp * s.i * s.e
+        outputs = 2 - s.selective * (1 if s.mlp_chunks > 1 else 2)
+        norms = between * ((2 + outputs) * s.d * s.e + 2 * WIDE)
+        mlp = 0 if s.mlp_chunks > 1 else (3 - s.selective) * s.tokens / s.tp * s.i * s.e
         return norms + self.kept_in_attention(s) + mlp
 
     def saved_by_ends(self, s: Letters) -> Amount:

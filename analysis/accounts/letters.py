@@ -50,7 +50,8 @@ class Letters:
     rho: Amount = 1  # copies of a kv head that ulysses needs
     kv_shared: Amount = 1  # tp ranks that share a kv head
     stage: int = 3
-    recompute: bool = False
+    recompute: bool = False  # whole blocks
+    selective: bool = False  # what is cheap to make again
     mlp_chunks: int = 1
     loss_chunks: int = 1
     packed: bool = False
@@ -89,6 +90,7 @@ class Letters:
             kv_shared=max(1, tp // model.n_kv_heads),
             stage=config.zero_stage,
             recompute=config.recompute == "block",
+            selective=config.recompute == "selective",
             mlp_chunks=config.mlp.chunks,
             loss_chunks=config.loss.chunks,
             packed=config.ulysses.packed,

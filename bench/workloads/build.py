@@ -32,7 +32,7 @@ def build_training(config: Config, strategy: Strategy) -> Training:
         strategy,
         config.optim,
         PRECISIONS[config.precision],
-        recompute=config.recompute == "block",
+        recompute=config.recompute,
         mlp_chunks=config.mlp.chunks,
         loss_chunks=config.loss.chunks,
         compiled=config.compile,

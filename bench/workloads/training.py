@@ -52,7 +52,7 @@ class Training:
         strategy: Strategy,
         optim: OptimConfig,
         dtypes: tuple[torch.dtype, torch.dtype] = PRECISIONS["fp32"],
-        recompute: bool = False,
+        recompute: str = "none",
         mlp_chunks: int = 1,
         loss_chunks: int = 1,
         compiled: bool = False,
