@@ -75,7 +75,7 @@ class Case:
         chunks = f"chunks {self.mlp_chunks},{self.loss_chunks}" if max(self.mlp_chunks, self.loss_chunks) > 1 else ""
         heads = f"head chunks {self.head_chunks}" if self.head_chunks > 1 else ""
         variant = ("packed" if self.packed else "", heads, self.kv.removeprefix("rotate"))
-        variant = (*variant, {"block": "recompute"}.get(self.recompute, self.recompute.removeprefix("none")), chunks)
+        variant = (*variant, self.recompute.removeprefix("none"), chunks)
         inner = self.placement.removeprefix("ulysses_inner")
         return " ".join(part for part in (self.strategy, axes, layout, stage, *variant, inner) if part)
 
@@ -108,7 +108,7 @@ def cases(world_size: int) -> list[Case]:
         chunks = {"mlp_chunks": 2, "loss_chunks": 3}
         found += [Case("zero", dp=4, **chunks), Case("ulysses", ulysses=4, **chunks)]
         found += [Case(name, tp=4, **chunks) for name in ("tp", "tp_sp", "odysseus")]
-        found += [Case("tp_sp", tp=4, recompute="block"), Case("ring", ring=4, recompute=True)]
+        found += [Case("tp_sp", tp=4, recompute="block"), Case("ring", ring=4, recompute="block")]
         chunks = {"recompute": "block", "mlp_chunks": 3, "loss_chunks": 2}
         found += [Case(name, tp=4, **chunks) for name in ("tp", "tp_sp", "odysseus")]
         found += [Case("usp", ulysses=2, ring=2, **chunks), Case("tp_usp", tp=2, ulysses=2, **chunks)]
