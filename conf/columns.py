@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from statistics import median
 from typing import Any
 
+from conf import tiers
 from conf.keys import MISSING, Config, keys, plain, section_in
 from conf.measurement import NOISY, Entry, Measured, percentile, worst
 
@@ -76,6 +77,10 @@ def bytes_of(
 def capacity(measured: Measured) -> int | None:
     cluster = measured.config.cluster
     return int(cluster.mem_gb * 2**30) if cluster else None
+
+
+def between_hosts(m: Measured) -> int:
+    return max(tiers.to_other_hosts(m.config, rank) for rank in m.ranks)
 
 
 def tokens_per_s(m: Measured) -> float:
@@ -170,6 +175,8 @@ MEASURED = [
     bytes_of("comm_bytes_optimizer", "by the optimizer", lambda m: m.sent("optimizer")),
     bytes_of("comm_bytes_params", "of these, weights and their gradients", lambda m: m.sent(weights=True)),
     bytes_of("comm_bytes_activations", "activations and theirs", lambda m: m.sent(weights=False)),
+    bytes_of("comm_bytes_inter", "to other hosts, of the rank that sends most there", between_hosts),
+    bytes_of("comm_bytes_intra", "the rest of comm_bytes, within a host", lambda m: m.sent() - between_hosts(m)),
     bytes_of("analytic_comm_bytes", "what the strategy's account says that it sends", lambda m: m.derived_bytes),
     Column("busiest_rank", "", "whose bytes these are, and the calls below, and comm.csv", lambda m: m.busiest.rank),
     *(
