@@ -14,7 +14,7 @@ tests/test_hosts.py holds the sums to what the kernel counts between two hosts.
 """
 
 from conf.keys import Config
-from conf.measurement import Entry, Rank
+from conf.measurement import Entry, Host, Measured, Rank
 from conf.meshes import AXES, Line, lines
 
 BY_PAIRS = {"cpu": ("all_to_all", "reduce_scatter"), "cuda": ("all_to_all",)}
@@ -31,6 +31,12 @@ def ranks_per_host(config: Config) -> int:
 
 def hosts(config: Config) -> int:
     return -(-config.world_size // ranks_per_host(config))
+
+
+def machines(found: Measured) -> list[Host]:
+    """The hosts on which ranks ran, in the order of their ranks."""
+    firsts = found.ranks[:: ranks_per_host(found.config)]
+    return [rank.host for rank in firsts if rank.host is not None]
 
 
 def to_other_hosts(config: Config, rank: Rank) -> int:
