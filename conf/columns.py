@@ -5,12 +5,13 @@ columns too (conf/keys.py); here is what is measured, and who measured it.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from statistics import median
 from typing import Any
 
+from conf import tiers
 from conf.keys import MISSING, Config, keys, plain, section_in
-from conf.measurement import NOISY, Entry, Measured, percentile, worst
+from conf.measurement import NOISY, Entry, Host, Measured, percentile, worst
 
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "p2p")
 COMM_COLUMNS = [entry.name for entry in fields(Entry) if entry.name != "weights"]
@@ -76,6 +77,35 @@ def bytes_of(
 def capacity(measured: Measured) -> int | None:
     cluster = measured.config.cluster
     return int(cluster.mem_gb * 2**30) if cluster else None
+
+
+def on_hosts(what: Callable[[Host], Any]) -> Callable[[Measured], str | None]:
+    """What hosts say, each different answer once."""
+
+    def said(m: Measured) -> str | None:
+        answers = (what(host) for host in tiers.machines(m))
+        return "; ".join(dict.fromkeys(str(answer) for answer in answers if answer)) or None
+
+    return said
+
+
+def links(host: Host) -> str:
+    """The kinds of links between a host's GPUs."""
+    kinds = {kind for name, others in host.links.items() for other, kind in others.items() if other in host.links}
+    return ", ".join(sorted(kinds))
+
+
+def card(host: Host) -> str | None:
+    speed = f" {host.interface_mbit} Mbit/s" if host.interface_mbit else ""
+    return f"{host.interface}{speed}" if host.interface else None
+
+
+def busiest_load(when: str) -> Callable[[Measured], float | None]:
+    return lambda m: max((getattr(host, when) for host in tiers.machines(m)), default=None)
+
+
+def between_hosts(m: Measured) -> int:
+    return max(tiers.to_other_hosts(m.config, rank) for rank in m.ranks)
 
 
 def tokens_per_s(m: Measured) -> float:
@@ -170,6 +200,8 @@ MEASURED = [
     bytes_of("comm_bytes_optimizer", "by the optimizer", lambda m: m.sent("optimizer")),
     bytes_of("comm_bytes_params", "of these, weights and their gradients", lambda m: m.sent(weights=True)),
     bytes_of("comm_bytes_activations", "activations and theirs", lambda m: m.sent(weights=False)),
+    bytes_of("comm_bytes_inter", "to other hosts, of the rank that sends most there", between_hosts),
+    bytes_of("comm_bytes_intra", "the rest of comm_bytes, within a host", lambda m: m.sent() - between_hosts(m)),
     bytes_of("analytic_comm_bytes", "what the strategy's account says that it sends", lambda m: m.derived_bytes),
     Column("busiest_rank", "", "whose bytes these are, and the calls below, and comm.csv", lambda m: m.busiest.rank),
     *(
@@ -191,7 +223,28 @@ MEASURED = [
         lambda m: max(m.errors.values(), key=worst, default=None),
     ),
     Column("mode_seconds", "s", "how long the ranks of the row took in all", lambda m: m.seconds),
-    Column("torch_version", "", "", lambda m: m.first.torch_version, holds=str),
+    # Where it ran. Of several hosts, what differs is told in their order.
+    Column("hosts", "", "among which the ranks are shared out", lambda m: tiers.hosts(m.config)),
+    Column("ranks_per_host", "", "of them, on each", lambda m: tiers.ranks_per_host(m.config)),
+    Column("host_names", "", "where it ran", on_hosts(lambda host: host.name), holds=str),
+    Column("kernel", "", "of the operating system", on_hosts(lambda host: host.kernel), holds=str),
+    Column("governor", "", "of the CPU's clock", on_hosts(lambda host: host.governor), holds=str),
+    Column("power_limit", "W", "of the GPU", on_hosts(lambda host: max(host.power_limits_w, default=None)), holds=str),
+    Column("gpu_links", "", "between GPUs of a host, as nvidia-smi topo -m names them", on_hosts(links), holds=str),
+    Column("nic", "", "network interface over which ranks talked, and its speed", on_hosts(card), holds=str),
+    Column("load_before", "", "processes that wanted a core in the minute before", busiest_load("load_before")),
+    Column("load_after", "", "and in the last minute, of the busiest host", busiest_load("load_after")),
+    Column("torch_version", "", "gloo's too, which is part of it", lambda m: m.first.torch_version, holds=str),
+    Column("nccl_version", "", "", on_hosts(lambda host: host.nccl), holds=str),
+    Column("driver_version", "", "of the GPUs", on_hosts(lambda host: host.driver), holds=str),
+    Column(
+        "machines",
+        "",
+        "all that the hosts tell of themselves",
+        lambda m: [asdict(host) for host in tiers.machines(m)],
+        in_csv=False,
+        holds=list[dict],
+    ),
     Column("losses", "nats", "of every step", lambda m: m.first.losses, in_csv=False, holds=SERIES),
     Column("errors", "", "of the output and each gradient", lambda m: m.errors, in_csv=False, holds=dict),
     Column("round_ms", "ms", "a step, of each round", lambda m: m.round_ms, timed=True, in_csv=False, holds=SERIES),

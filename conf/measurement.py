@@ -55,6 +55,27 @@ class Step:
 
 
 @dataclass
+class Host:
+    """A machine on which ranks ran; None of what it does not tell."""
+
+    name: str
+    cpu: str
+    cores: int  # that ranks may use
+    memory_bytes: int
+    kernel: str
+    governor: str | None = None  # of the CPU's clock
+    gpus: list[str] = field(default_factory=list)
+    power_limits_w: list[float] = field(default_factory=list)  # of the GPUs
+    links: dict[str, dict[str, str]] = field(default_factory=dict)  # of each GPU, to GPUs and network cards
+    driver: str | None = None  # of the GPUs
+    nccl: str | None = None
+    interface: str | None = None  # over which ranks talked
+    interface_mbit: int | None = None
+    load_before: float | None = None  # processes that wanted a core, in the minute before and in the last one
+    load_after: float | None = None
+
+
+@dataclass
 class Rank:
     """What one rank measured."""
 
@@ -77,6 +98,7 @@ class Rank:
     errors: dict[str, float] = field(default_factory=dict)  # of workload=attention, relative to one process
     reserved: int | None = None  # bytes, by CUDA's allocator
     foretold: bool = False  # of mode=simulate: were shallow models enough
+    host: Host | None = None  # on which it ran
 
     @property
     def sent_bytes(self) -> float:

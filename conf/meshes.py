@@ -46,6 +46,11 @@ def heads(config: Config, degrees: Degrees) -> Rule:
     )
 
 
+def heads_before_ulysses(config: Config, degrees: Degrees) -> Rule:
+    """The same of tp alone: its ranks' heads, and the kv heads that these need, are what ulysses deals out."""
+    return heads(config, {"tp": degrees["tp"]})
+
+
 def shares_of_heads(config: Config) -> list[int]:
     n_heads, n_kv_heads = config.model.n_heads, config.model.n_kv_heads
     return [ranks for ranks in divisors(n_heads) if n_kv_heads % ranks == 0 or ranks % n_kv_heads == 0]
@@ -119,7 +124,7 @@ STRATEGIES = {
     "ulysses": Footing(("ulysses",), (heads, head_chunks, sequence)),
     "ring": Footing(("ring",), (sequence,)),
     "usp": Footing(("ulysses", "ring"), (heads, head_chunks, sequence), widest_ulysses),
-    "tp_usp": Footing(("tp", "ulysses", "ring"), (heads, head_chunks, sequence), two_for_each),
+    "tp_usp": Footing(("tp", "ulysses", "ring"), (heads, heads_before_ulysses, head_chunks, sequence), two_for_each),
     "odysseus": Footing(("tp", "ring"), (heads, sequence), widest_tp),
 }
 

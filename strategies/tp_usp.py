@@ -9,7 +9,7 @@ embedding, head as tp_sp, on S/(ring ulysses) tokens: logits [B, S/(ring ulysses
 communication   forward: 2 AG(D) + 2 RS(D) over tp, 4 A2A(D/N, rho Dk/N) over ulysses, ring-1 hops of (k, v) + AG(P);
                 backward: 4 AG(D) + 2 RS(D) over tp, 4 A2A(D/N, rho Dk/N) over ulysses,
                 ring-1 hops of (k, v) and of (dk, dv) + AG(P) + RS(P)
-needs           n_heads % (tp ulysses) == 0; tp ulysses and n_kv_heads: one divides the other;
+needs           n_heads % (tp ulysses) == 0; n_kv_heads and tp, n_kv_heads and tp ulysses: one divides the other;
                 seq_len % (2 ring ulysses tp) == 0 for zigzag, % (ring ulysses tp) for the others
 """
 

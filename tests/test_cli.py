@@ -35,6 +35,9 @@ WRONG = {  # overrides -> what the one sentence says
     "strategy=tp_usp world_size=12 mesh.tp=2 mesh.ulysses=4": "the context-parallel size, world_size / (mesh.dp * "
     "mesh.tp) = 6, must be divisible by mesh.ulysses=4; 3 or 6 would do",
     "strategy=tp_usp world_size=16 mesh.tp=4 mesh.ulysses=4": "mesh.ulysses * mesh.tp=16 must divide model.n_heads = 8",
+    "strategy=tp_usp world_size=6 mesh.tp=2 mesh.ulysses=3 model.n_heads=6 model.n_kv_heads=3 model.head_dim=8": (
+        "mesh.tp=2 must divide model.n_heads = 6 and divide, or be a multiple of, model.n_kv_heads = 3; 1 or 3 would do"
+    ),
     "strategy=usp mesh.ring=3": "world_size=2 is no multiple of mesh.ring = 3; 3 would do",
     "strategy=usp mesh.ring=2 mesh.ulysses=2 mesh.dp=1": "world_size=2 is not mesh.dp * mesh.ulysses * mesh.ring = 4",
     "strategy=single world_size=2": "world_size=2 must be 1 for single; 1 would do",

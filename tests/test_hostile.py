@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -273,6 +273,15 @@ def test_hostile_values(said):
     found = answer(words(*spelled(said).split(" ")))
     assert VALUES[said] in found
     assert bool(VALUES[said]) == bool(found)
+
+
+def test_every_number_has_bounds():
+    """A key that is added has them too."""
+    for path, key in keys().items():
+        bounds, kinds = key.declared.metadata, {key.hint, *get_args(key.hint)}
+        if {int, float} & kinds and path != "optim.betas" and not key.choices:
+            assert bounds["most"] is not None, path
+            assert bounds["least"] is not None or bounds["above"] is not None, path
 
 
 # Files. Each is made in `elsewhere`, and the sentence must name it.

@@ -19,6 +19,7 @@ import torch
 import torch._dynamo  # FSDP2 imports it when first used: better once in the server than again in every rank
 import torch.distributed as dist
 
+from bench.instruments import machine
 from bench.instruments.memory import MemoryLog
 from bench.instruments.observe import Observed, observe
 from bench.instruments.timing import Stopwatch
@@ -34,6 +35,8 @@ from conf.keys import Config
 from conf.measurement import Rank
 from models import checkpoint
 from strategies.ops.weights import whole_parameters
+
+machine.this_host()  # once in the server, as the imports, for all ranks that are forked from it
 
 
 def serve(rank: int, task: Task, meeting: Meeting, folder: str, pipe: Connection) -> None:
@@ -92,7 +95,10 @@ def run(rank: int, task: Task, meeting: Meeting, progress: Callable[[str], None]
         observed, foretold = simulate(task.config, progress, task.known)
         cluster = task.config.cluster
         return measured(observed, device_name=cluster.name if cluster else None, foretold=foretold)
-    return run_steps(task, progress)
+    load_before = machine.load()
+    found = run_steps(task, progress)
+    found.host = machine.facts(meeting.interface, task.config.device, load_before)
+    return found
 
 
 def join(rank: int, task: Task, meeting: Meeting) -> None:
@@ -171,7 +177,7 @@ def run_steps(task: Task, progress: Callable[[str], None]) -> Rank:
         found["errors"] = workload.errors()
     progress("counting")
     observed = observe(workload, batch, MemoryLog(config.device, workload.state()))
-    device_name = torch.cuda.get_device_name() if on_gpu else cpu_name()
+    device_name = torch.cuda.get_device_name() if on_gpu else machine.cpu_name()
     counted = measured(observed, device_name=device_name, **found)
     if allocated is not None:  # the real allocator's peak includes what kernels take inside themselves
         peak = counted.peak
@@ -205,11 +211,3 @@ def save(training: Training, config: Config, rank: int) -> None:
     else:
         for _ in tensors:
             pass
-
-
-def cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as info:
-            return next(line.partition(":")[2].strip() for line in info if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return "CPU"
