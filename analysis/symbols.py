@@ -30,7 +30,7 @@ AXES = {"dp": "dp", "tp": "tp", "ulysses": "u", "ring": "r"}  # an axis -> its l
 def letters(**changes: object) -> Letters:
     """All symbols, on one rank, but for what is changed; a name stands for its symbol."""
     alike = {name: name for name in ("B", "L", "d", "i", "h", "h_kv", "V", "e", "e_g")}
-    sizes = {**alike, "K": SYMBOLS["d"] / SYMBOLS["h"], "layers": "n_layers", "e_w": "e"}
+    sizes = {**alike, "K": SYMBOLS["d"] / SYMBOLS["h"], "layers": "n_layers", "e_w": "e", "e_dw": "e"}
     ranks = dict.fromkeys(AXES.values(), 1)
     named: dict[str, Amount] = {**sizes, **ranks, **changes}
     return Letters(**{name: SYMBOLS[value] if isinstance(value, str) else value for name, value in named.items()})

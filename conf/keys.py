@@ -220,7 +220,14 @@ class Config:
         choices=(0, 1, 2, 3),
     )
     precision: str = key(
-        "fp32", "of weights and activations; bf16_mixed has fp32 weights", choices=("fp32", "bf16", "bf16_mixed")
+        "fp32",
+        "of weights and activations; bf16_mixed has fp32 masters, where its optimizer updates them",
+        choices=("fp32", "bf16", "bf16_mixed"),
+    )
+    grad_dtype: str | None = key(
+        None,
+        "of bf16_mixed: in which gradients are kept and reduced: fp32, as in Megatron, or same, as in DeepSpeed",
+        choices=("fp32", "same"),
     )
     attention: AttentionConfig = section(AttentionConfig, "on one block")
     recompute: str = key(

@@ -16,7 +16,7 @@ from conf.meshes import AXES
 Row = Mapping[str, Any]
 SAID_ANYHOW = ("strategy.name", "world_size", "seq_len", *(f"mesh.{axis}" for axis in AXES))
 # What is undecided in a configuration that was refused before.
-FILLED = ("attention.kernel", "model.head_dim", "launch.ranks_per_host")
+FILLED = ("attention.kernel", "model.head_dim", "launch.ranks_per_host", "grad_dtype")
 
 
 def mesh(row: Row) -> str:

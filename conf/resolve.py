@@ -35,6 +35,7 @@ def resolve(written: Config) -> Resolved:
     if (peer := meshes.PEERS.get(config.strategy.name)) is not None:
         check_peer(resolved, peer)
     fill_model(config.model)
+    fill_grad_dtype(config)
     meshes.fill(config)
     check_batch(resolved)
     return resolved
@@ -148,6 +149,17 @@ def fill_model(model: ModelConfig) -> None:
     if model.n_heads % model.n_kv_heads:
         near = around(model.n_kv_heads, divisors(model.n_heads))
         raise Invalid(f"model.n_kv_heads={model.n_kv_heads} must divide model.n_heads={model.n_heads}; {near} would do")
+
+
+def fill_grad_dtype(config: Config) -> None:
+    """fp32 where there are masters; elsewhere gradients are as the weights."""
+    if config.precision == "bf16_mixed":
+        config.grad_dtype = config.grad_dtype or "fp32"
+    elif config.grad_dtype is not None:
+        raise Invalid(
+            f"grad_dtype={config.grad_dtype} is for precision=bf16_mixed, and precision={config.precision}, in which "
+            "gradients are as the weights; null would do"
+        )
 
 
 def check_batch(resolved: Resolved) -> None:

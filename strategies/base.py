@@ -30,6 +30,8 @@ from strategies.ops.weights import zero
 class Strategy:
     """Inherit, fill in the card and the four answers, and say in conf/meshes.py on which meshes it can stand."""
 
+    has_masters = True  # in mixed precision; peers have their own way
+
     def __init__(self, mesh: Mesh, options: Options) -> None:
         self.mesh, self.options = mesh, options
         self.dp, self.ring, self.ulysses, self.tp = mesh.dp, mesh.ring, mesh.ulysses, mesh.tp
@@ -64,8 +66,9 @@ class Strategy:
 
     def zero(self, *modules: nn.Module, axis: Axis | None = None) -> None:
         """ZeRO over all ranks that hold different tokens (or over `axis`), at the configured stage and dtype."""
-        options = self.options
-        zero(*modules, axis=axis or self.mesh.zero, compute_dtype=options.compute_dtype, stage=options.zero_stage)
+        options, axis = self.options, axis or self.mesh.zero
+        dtypes = {"compute_dtype": options.compute_dtype, "grad_dtype": options.gradients_in}
+        zero(*modules, axis=axis, stage=options.zero_stage, **dtypes)
 
     def zero_model(self, model: nn.Module) -> None:
         """ZeRO for a whole model: the weights of each block, of the embedding and of the head travel together."""

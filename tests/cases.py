@@ -141,6 +141,7 @@ def config_of(
     precision: str = "fp32",
     ring_grad_dtype: str = "fp32",
     full_depth: bool = False,
+    grad_dtype: str = "fp32",
 ) -> Config:
     """A case as a resolved configuration, to simulate or to ask the account for."""
     return Config(
@@ -158,6 +159,7 @@ def config_of(
         seq_len=seq_len,
         batch_size=batch_size,
         precision=precision,
+        grad_dtype=grad_dtype if precision == "bf16_mixed" else None,
         recompute=case.recompute,
         zero_stage=case.zero_stage,
     )

@@ -31,9 +31,9 @@ def build(case: Case, sizes: dict, batch: int, seq_len: int, dtype: str = "fp32"
     return training, training.place(tokens[:, :-1], tokens[:, 1:])
 
 
-def train(*args) -> tuple[Training, object]:
+def train(*args, **options) -> tuple[Training, object]:
     """The same after a first step: gradients and optimizer state are there."""
-    training, placed = build(*args)
+    training, placed = build(*args, **options)
     training.backward(training.forward(placed))
     training.update()
     return training, placed

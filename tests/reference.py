@@ -15,7 +15,7 @@ from strategies import base, tp, tp_sp
 from strategies.base import Options
 from strategies.ops.kernels import pick_kernel
 from strategies.ops.mesh import Axis, Mesh
-from strategies.ops.weights import in_whole, local, owned
+from strategies.ops.weights import gradient, in_whole, owned
 from tests.cases import Case, sized
 
 SEQ_LEN = 32  # two tokens a zigzag chunk on 8 ranks
@@ -165,8 +165,8 @@ def gradients(training: Training) -> dict[str, Tensor]:
             replicas.trained()[1].copy_(mine)
     grads = {}
     for name, parameter, share in owned(training.model):
-        grads[name] = torch.full(training.shapes[name], float("-inf"), dtype=parameter.dtype)
-        in_whole(grads[name], parameter, share).copy_(local(parameter.grad))
+        grads[name] = torch.full(training.shapes[name], float("-inf"), dtype=gradient(parameter).dtype)
+        in_whole(grads[name], parameter, share).copy_(gradient(parameter))
     return grads
 
 

@@ -160,6 +160,32 @@ def test_the_parts_are_the_peak(single):
     assert single.total == sum(getattr(single, part) for part in vars(single) if part != "total")
 
 
+MIXED = [(replace(case, zero_stage=stage), "fp32") for case in (Case("zero", dp=N), SPLIT[3]) for stage in range(4)]
+MIXED += [(case, "fp32") for case in (Case("single"), Case("tp", tp=N), *SPLIT[:6])]
+MIXED += [(Case("zero", dp=N, zero_stage=stage), "same") for stage in range(4)]
+MIXED += [(Case("tp_sp", dp=2, tp=2, zero_stage=stage), grads) for stage in (1, 3) for grads in ("fp32", "same")]
+MIXED += [(Case("odysseus", tp=2, ring=2), "same"), (Case("tp_sp", tp=N), "same")]
+
+
+@pytest.mark.parametrize(("case", "grad_dtype"), MIXED, ids=str)
+def test_mixed_precision_keeps_masters_of_what_is_trained_here_alone(case: Case, grad_dtype: str):
+    """To the byte: weights as they are used, gradients, masters and moments; and no copy of a weight in a block."""
+    sizes = {"dim": 64, "n_heads": 8, "n_kv_heads": 2, "ffn_dim": 96, "vocab_size": 128}
+    peaks = []
+    for n_layers in (3, 2):
+        args = grad_dtype, case, {**sizes, "n_layers": n_layers}, 4, 256
+        ranks = [mixed_peak(0, *args)] if case.world_size == 1 else on_ranks(N, mixed_peak, *args)
+        peaks.append(max(ranks, key=lambda peak: peak.total))
+    letters = Letters.of(config_of(case, {**sizes, "n_layers": 3}, 4, 256, "bf16_mixed", grad_dtype=grad_dtype))
+    account = account_of(case.strategy)
+    assert {part: getattr(peaks[0], part) for part in ("params", "grads", "optimizer")} == account.state(letters)
+    assert peaks[0].activations - peaks[1].activations == account.saved_by_block(letters)
+
+
+def mixed_peak(rank: int, grad_dtype: str, *args) -> instruments.Peak:
+    return instruments.observed(*instruments.train(*args, "bf16_mixed", grad_dtype=grad_dtype)).peak
+
+
 SELECTIVE = [replace(case, recompute="selective") for case in (Case("single"), Case("tp", tp=N), *SPLIT)]
 
 

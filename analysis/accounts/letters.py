@@ -13,7 +13,7 @@ from conf.keys import Config
 from conf.meshes import place
 
 Amount = Any  # a number, or an expression of sympy's
-BYTES = {"fp32": (4, 4), "bf16": (2, 2), "bf16_mixed": (4, 2)}  # of a weight (and its gradient), of an activation
+BYTES = {"fp32": (4, 4), "bf16": (2, 2), "bf16_mixed": (4, 2)}  # of a weight as it is updated, of an activation
 WIDE = 4  # bytes of what is always exchanged in fp32
 
 
@@ -44,8 +44,9 @@ class Letters:
     tp: Amount
     u: Amount
     r: Amount
-    e: Amount  # bytes of an activation
-    e_w: Amount  # of a weight, its gradient, and each of its two moments
+    e: Amount  # bytes of an activation, and of a weight as it is used
+    e_w: Amount  # of a weight as it is updated, and of each of its two moments
+    e_dw: Amount  # of its gradient
     e_g: Amount  # of a travelling dK or dV
     rho: Amount = 1  # copies of a kv head that ulysses needs
     kv_shared: Amount = 1  # tp ranks that share a kv head
@@ -85,6 +86,7 @@ class Letters:
             r=ring,
             e=e,
             e_w=e_w,
+            e_dw=e if config.grad_dtype == "same" else e_w,
             e_g=WIDE if config.ring.grad_dtype == "fp32" else e,
             rho=max(1, ulysses // max(1, model.n_kv_heads // tp)),
             kv_shared=max(1, tp // model.n_kv_heads),

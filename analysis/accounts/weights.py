@@ -62,15 +62,18 @@ def zero(group: Group, s: Letters) -> list[Sent]:
     """
     p = group.ranks
     if s.stage < 2:
-        size = sum(w.rows * w.columns for w in group.weights) * s.e_w
+        elements = sum(w.rows * w.columns for w in group.weights)
         if s.stage == 0:
-            return [all_reduce("backward", p, size, "P", 0, True)]
-        return [reduce_scatter("backward", p, size, "P", 0, True), all_gather("optimizer", p, size, "P", 0, True)]
+            return [all_reduce("backward", p, elements * s.e_dw, "P", 0, True)]
+        return [
+            reduce_scatter("backward", p, elements * s.e_dw, "P", 0, True),
+            all_gather("optimizer", p, elements * s.e, "P", 0, True),
+        ]
     elements = sum(whole(w.rows / p) * p * w.columns for w in group.weights)
     lines = [all_gather("forward", p, elements * s.e, "P", weights=True)]
     if s.stage == 3:
         lines.append(all_gather("backward", p, elements * s.e, "P", weights=True))
-    return [*lines, reduce_scatter("backward", p, elements * s.e_w, "P", weights=True)]
+    return [*lines, reduce_scatter("backward", p, elements * s.e_dw, "P", weights=True)]
 
 
 def zero_step(groups: list[Group], s: Letters) -> list[Sent]:
@@ -115,14 +118,23 @@ def clipped(s: Letters) -> list[Sent]:
 
 
 def kept(groups: list[Group], s: Letters) -> dict[str, Amount]:
-    """Bytes of params, grads and optimizer that a rank keeps: two moments, and AdamW's step count for every tensor."""
+    """Bytes of params, grads and optimizer that a rank keeps: two moments, and AdamW's step count for every tensor.
+
+    In mixed precision a rank uses its weights in e bytes and keeps masters of what it trains. FSDP2's shards are the
+    masters, and their gradients as wide.
+    """
     if s.stage < 2:
-        parts = [(elements, elements / p if s.stage == 1 else elements, 1) for p, elements in buffers(groups, s)]
+        parts = [(elements, elements / p if s.stage == 1 else elements, 1, False) for p, elements in buffers(groups, s)]
     else:
         parts = []
         for group in groups:
             for w in group.weights:
                 shard = group.times * whole(w.rows / group.ranks) * w.columns
-                parts.append((shard, shard, group.times))
-    held, trained, tensors = (sum(column) for column in zip(*parts, strict=True))
-    return {"params": held * s.e_w, "grads": held * s.e_w, "optimizer": 2 * trained * s.e_w + WIDE * tensors}
+                parts.append((shard, shard, group.times, group.ranks != 1))
+    kept = {"params": 0, "grads": 0, "optimizer": 0}
+    for held, trained, tensors, by_fsdp2 in parts:
+        masters = 0 if by_fsdp2 or s.e_w == s.e else trained * s.e_w
+        kept["params"] += held * (s.e_w if by_fsdp2 else s.e)
+        kept["grads"] += held * (s.e_w if by_fsdp2 else s.e_dw)
+        kept["optimizer"] += masters + 2 * trained * s.e_w + WIDE * tensors
+    return kept

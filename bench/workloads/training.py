@@ -11,9 +11,18 @@ from conf.keys import ModelConfig, OptimConfig
 from models.llama import POINTWISE, Llama
 from strategies.base import Strategy
 from strategies.ops.vocab import IGNORED
-from strategies.ops.weights import finish_gradients, gradient_norm, local, materialize, publish_weights, trained
+from strategies.ops.weights import (
+    finish_gradients,
+    gradient,
+    gradient_norm,
+    local,
+    lower,
+    materialize,
+    publish_weights,
+    trained,
+)
 
-PRECISIONS = {  # of the weights that the optimizer updates, and of the activations
+PRECISIONS = {  # of the weights that the optimizer updates, and of the activations and the weights as they are used
     "fp32": (torch.float32, torch.float32),
     "bf16": (torch.bfloat16, torch.bfloat16),
     "bf16_mixed": (torch.float32, torch.bfloat16),
@@ -64,6 +73,8 @@ class Training:
         self.model = model.to(weights_dtype)
         self.shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
         strategy.shard(self.model)
+        if compute_dtype != weights_dtype and strategy.has_masters:
+            lower(self.model, compute_dtype, strategy.options.gradients_in)
         if compiled:
             for module in self.model.modules():
                 if isinstance(module, POINTWISE):
@@ -102,29 +113,35 @@ class Training:
         """Clip, AdamW, and zero the gradients, which stay allocated from step to step."""
         if self.optimizer is None:
             self.optimizer = self.make_optimizer()
+        shards = self.optimizer.param_groups[0]["params"]
+        for shard, (_, grad, _, _) in zip(shards, trained(self.model), strict=True):
+            shard.grad = grad.to(shard.dtype)  # itself, unless it is kept in a narrower dtype
         if self.optim.grad_clip is not None:
             scale = (self.optim.grad_clip / (gradient_norm(self.model) + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([shard.grad for shard in self.optimizer.param_groups[0]["params"]], scale)
+            torch._foreach_mul_([shard.grad for shard in shards], scale)
         self.optimizer.step()
+        for shard in shards:
+            shard.grad = None
         publish_weights(self.model)
         self.zero_grads()
 
     def warm(self) -> None:
         """Make the gradients and the optimizer's state, which a first step would leave, without its forward."""
         for parameter in self.model.parameters():
-            if parameter.grad is None:
+            if gradient(parameter) is None:
                 parameter.grad = torch.zeros_like(parameter)
         self.update()
 
     def zero_grads(self) -> None:
-        torch._foreach_zero_([local(p.grad) for p in self.model.parameters() if p.grad is not None])
+        torch._foreach_zero_(self.gradients())
+
+    def gradients(self) -> list[Tensor]:
+        """Those that are kept on this rank."""
+        return [grad for parameter in self.model.parameters() if (grad := gradient(parameter)) is not None]
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """AdamW over plain tensors, this rank's shards: it is elementwise, and needs nothing from DTensor."""
-        shards = []
-        for weights, grad, _, _ in trained(self.model):
-            shards.append(torch.nn.Parameter(weights))
-            shards[-1].grad = grad
+        shards = [torch.nn.Parameter(weights) for weights, _, _, _ in trained(self.model)]
         o = self.optim
         return torch.optim.AdamW(
             shards, lr=o.lr, betas=(o.betas[0], o.betas[1]), eps=o.eps, weight_decay=o.weight_decay, fused=True
@@ -134,11 +151,12 @@ class Training:
     def state(self) -> dict[str, list[Tensor]]:
         """What of the model and its optimizer lives on this rank, after the first update."""
         parameters = list(self.model.parameters())
+        masters = [weights for weights, _, share, _ in trained(self.model) if share.wide]
         moments = self.optimizer.state if self.optimizer else {}
         return {
             "params": [local(parameter).detach() for parameter in parameters],
-            "grads": [local(parameter.grad) for parameter in parameters if parameter.grad is not None],
-            "optimizer": [moment for state in moments.values() for moment in state.values()],
+            "grads": self.gradients(),
+            "optimizer": [*masters, *(moment for state in moments.values() for moment in state.values())],
         }
 
     def global_loss(self, shares: Tensor) -> list[float]:

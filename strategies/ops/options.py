@@ -15,8 +15,14 @@ class Options:
     kernel: Kernel
     compute_dtype: torch.dtype = torch.float32
     zero_stage: int = 3
+    grad_dtype: str | None = None  # of weights that have masters in fp32: fp32, or the same as the activations
     ring: RingConfig = field(default_factory=RingConfig)
     ulysses: UlyssesConfig = field(default_factory=UlyssesConfig)
+
+    @property
+    def gradients_in(self) -> torch.dtype:
+        """The dtype in which gradients are kept and reduced."""
+        return torch.float32 if self.grad_dtype == "fp32" else self.compute_dtype
 
     @classmethod
     def of(cls, config: Config, kernel: Kernel, compute_dtype: torch.dtype) -> "Options":

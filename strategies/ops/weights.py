@@ -26,7 +26,8 @@ class Share:
     """This rank's slice of a parameter along `dim`, one of `ways`, before ZeRO cuts that again along dim 0.
 
     `partial` is the axis along which ranks that hold the same slice each see only a part of its gradient.
-    `replicas`: of ZeRO below stage 2, which keeps weights whole.
+    `replicas`: of ZeRO below stage 2, which keeps weights whole. `wide`: of a weight in the activations' dtype, the
+    dtypes of its master, which the optimizer updates, and of its gradient as it is kept and reduced.
     """
 
     dim: int = 0
@@ -35,6 +36,7 @@ class Share:
     ways: int = 1
     partial: Axis | None = None
     replicas: tuple[int, Axis] | None = None  # the stage, and the axis along which the replicas are
+    wide: tuple[torch.dtype, torch.dtype] | None = None
 
     def of(self, whole: Tensor) -> Tensor:
         stop = whole.shape[self.dim] if self.stop is None else self.stop
@@ -87,7 +89,7 @@ class ReduceScatter:
         reduce_scatter_chunks(output_tensor, input_tensor.view(group.size(), -1), group).wait()
 
 
-def zero(*modules: nn.Module, axis: Axis, compute_dtype: torch.dtype, stage: int) -> None:
+def zero(*modules: nn.Module, axis: Axis, compute_dtype: torch.dtype, grad_dtype: torch.dtype, stage: int) -> None:
     """Spread the modules' training state over the axis (Rajbhandari et al. 2020, section 5).
 
     stage 0  nothing is sharded, gradients are all-reduced: plain data parallelism
@@ -95,8 +97,9 @@ def zero(*modules: nn.Module, axis: Axis, compute_dtype: torch.dtype, stage: int
           2  gradients and weights too, and gathered weights are kept from forward to backward (FSDP2)
           3  and gathered again in backward (FSDP2)
 
-    From stage 2 on, the modules' weights travel together and in `compute_dtype`, when their own forward is called.
-    Gradients are summed, never averaged: the loss is already divided by the global token count.
+    From stage 2 on, what is sharded is the weights as they are updated; they travel together, in `compute_dtype`, when the
+    modules' own forward is called. Gradients travel in `grad_dtype`, and are summed, never averaged: the loss is
+    already divided by the global token count.
     """
     if axis.size == 1:
         return
@@ -108,13 +111,26 @@ def zero(*modules: nn.Module, axis: Axis, compute_dtype: torch.dtype, stage: int
                 shares[name] = share if share.replicas else replace(share, replicas=(stage, axis))
         return
     master_dtype = next(modules[0].parameters()).dtype
-    mixed = {"param_dtype": compute_dtype, "reduce_dtype": master_dtype} if compute_dtype != master_dtype else {}
+    mixed = {"param_dtype": compute_dtype, "reduce_dtype": grad_dtype} if compute_dtype != master_dtype else {}
     policy = MixedPrecisionPolicy(**mixed, cast_forward_inputs=False)
     fully_shard(list(modules), mesh=axis.mesh, reshard_after_forward=stage == 3, mp_policy=policy)
     modules[0].set_gradient_divide_factor(1.0)
     modules[0].set_force_sum_reduction_for_comms(True)
     if axis.mesh.device_type == "cpu":
         modules[0].set_custom_reduce_scatter(ReduceScatter())
+
+
+def lower(model: nn.Module, compute_dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
+    """Mixed precision (Micikevicius et al. 2018, section 3.1) of what no ZeRO has sharded: weights in `compute_dtype`.
+
+    Masters, in the dtype that the weights have had, exist only of what this rank's optimizer updates.
+    """
+    for module in model.modules():
+        shares = module.__dict__.setdefault("shares", {})
+        for name, parameter in module.named_parameters(recurse=False):
+            if not isinstance(parameter, DTensor) and parameter.dtype != compute_dtype:
+                shares[name] = replace(shares.get(name, Share()), wide=(parameter.dtype, grad_dtype))
+                parameter.data = parameter.data.to(compute_dtype)
 
 
 def schedule_as_one(model: nn.Module, axis: Axis) -> None:
@@ -135,16 +151,30 @@ class Replicas:
         self.stage, self.axis = share.replicas
         chunk = -(-sum(p.numel() for p in parameters) // self.axis.size)
         self.weights = parameters[0].new_zeros(self.axis.size, chunk)
-        self.grads = torch.zeros_like(self.weights)
+        master_dtype, grad_dtype = share.wide or (self.weights.dtype, self.weights.dtype)
+        self.grads = torch.zeros_like(self.weights, dtype=grad_dtype)
+        self.mine = slice(self.axis.rank, self.axis.rank + 1) if self.stage == 1 else slice(None)
+        self.masters = self.weights[self.mine].to(master_dtype)  # the weights themselves, if they are as wide
         sizes = [p.numel() for p in parameters]
-        for buffer, attribute in ((self.weights, "data"), (self.grads, "grad")):
-            for parameter, part in zip(parameters, buffer.flatten()[: sum(sizes)].split(sizes), strict=True):
-                setattr(parameter, attribute, part.view_as(parameter))
+        parts = (buffer.flatten()[: sum(sizes)].split(sizes) for buffer in (self.weights, self.grads))
+        self.starts: dict[nn.Parameter, int] = {}
+        start = 0
+        for parameter, weights, grad in zip(parameters, *parts, strict=True):
+            parameter.data = weights.view_as(parameter)
+            keep_gradient(parameter, grad.view_as(parameter))
+            self.starts[parameter] = start
+            start += parameter.numel()
 
     def trained(self) -> tuple[Tensor, Tensor]:
         """The weights that this rank's optimizer updates, and their gradient."""
-        mine = self.axis.rank if self.stage == 1 else slice(None)
-        return self.weights[mine], self.grads[mine]
+        return self.masters, self.grads[self.mine]
+
+    def master_of(self, parameter: nn.Parameter) -> tuple[Tensor, slice]:
+        """The part of a parameter's master that this rank has, and which of the flat parameter that is."""
+        begin = (self.mine.start or 0) * self.weights.shape[1]
+        start, numel = self.starts[parameter], parameter.numel()
+        low, high = (min(max(start, at), start + numel) for at in (begin, begin + self.masters.numel()))
+        return self.masters.flatten()[low - begin : high - begin], slice(low - start, high - start)
 
     def reduce(self) -> None:
         """Sum the gradient over the axis, as far as this rank trains it."""
@@ -155,7 +185,9 @@ class Replicas:
                 reduce_scatter_chunks(self.grads[self.axis.rank], self.grads, self.axis.group).wait()
 
     def publish(self) -> None:
-        """Send the part that this rank has trained to the others."""
+        """What this rank has trained becomes the weights that are used, and is sent to the others."""
+        if self.share.wide:
+            self.weights[self.mine].copy_(self.masters)
         if self.stage == 1:
             with meaning(source="zero1 model", weights=True):
                 self.weights.copy_(
@@ -197,21 +229,73 @@ def materialize(model: nn.Module, device: str, whole: Callable[[str], Tensor]) -
     for _, parameter, share in owned(model):
         if share.replicas:
             alike.setdefault((share.replicas, share.partial, share.ways), []).append((parameter, share))
-    model.replicas = [Replicas([parameter for parameter, _ in group], group[0][1]) for group in alike.values()]
     with torch.no_grad():
+        model.replicas = [Replicas([parameter for parameter, _ in group], group[0][1]) for group in alike.values()]
         for name, parameter, share in owned(model):
-            local(parameter).copy_(in_whole(whole(name), parameter, share))
+            mine = in_whole(whole(name), parameter, share)
+            local(parameter).copy_(mine)
+            if share.wide:
+                load_master(model, parameter, share, mine)
+
+
+def load_master(model: nn.Module, parameter: nn.Parameter, share: Share, values: Tensor) -> None:
+    """The master of a weight in a narrower dtype, as far as this rank's optimizer updates it."""
+    master_dtype, grad_dtype = share.wide
+    if share.replicas:
+        part, where = replicas_of(model, parameter).master_of(parameter)
+        part.copy_(values.flatten()[where])
+    else:
+        parameter.master = values.to(parameter.device, master_dtype, copy=True, memory_format=torch.contiguous_format)
+        if grad_dtype != parameter.dtype:
+            keep_gradient(parameter, torch.zeros_like(parameter.master, dtype=grad_dtype))
+
+
+def replicas_of(model: nn.Module, parameter: nn.Parameter) -> Replicas:
+    return next(replicas for replicas in model.replicas if parameter in replicas.starts)
+
+
+def keep_gradient(parameter: nn.Parameter, buffer: Tensor) -> None:
+    """The parameter's gradient is kept in this buffer: added up there, if its dtype is another."""
+    if buffer.dtype == parameter.dtype:
+        parameter.grad = buffer
+        return
+    parameter.main_grad = buffer  # Megatron's name
+
+    def add(parameter: nn.Parameter) -> None:
+        buffer.add_(parameter.grad)
+        parameter.grad = None
+
+    parameter.register_post_accumulate_grad_hook(add)
+
+
+def gradient(parameter: nn.Parameter) -> Tensor | None:
+    """What of a parameter's gradient is in this rank's memory, where it is kept; None before there is one."""
+    if (kept := getattr(parameter, "main_grad", None)) is not None:
+        return kept
+    return None if parameter.grad is None else local(parameter.grad)
 
 
 def whole_parameters(model: nn.Module, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
     """Every whole parameter, one at a time, on every rank: what a checkpoint holds."""
     for name, parameter, share in owned(model):
-        mine = local(parameter).detach()
+        mine = held_master(model, parameter, share)
         whole = mine.new_full(shapes[name], float("-inf"))
         in_whole(whole, parameter, share).copy_(mine)
         if dist.is_initialized():
             dist.all_reduce(whole, dist.ReduceOp.MAX)  # every element is held somewhere; replicas agree
         yield name, whole
+
+
+def held_master(model: nn.Module, parameter: nn.Parameter, share: Share) -> Tensor:
+    """What this rank has of a parameter as the optimizer updates it; -inf where it is another rank's to update."""
+    if not share.wide:
+        return local(parameter).detach()
+    if not share.replicas:
+        return parameter.master
+    part, where = replicas_of(model, parameter).master_of(parameter)
+    held = part.new_full((parameter.numel(),), float("-inf"))
+    held[where] = part
+    return held.view_as(parameter)
 
 
 def trained(model: nn.Module) -> Iterator[tuple[Tensor, Tensor, Share, int]]:
@@ -222,7 +306,8 @@ def trained(model: nn.Module) -> Iterator[tuple[Tensor, Tensor, Share, int]]:
     for _, parameter, share in owned(model):
         if not share.replicas:
             ways = share.ways * shards(parameter)
-            yield local(parameter).detach(), local(parameter.grad), share, model.ranks // ways
+            weights = parameter.master if share.wide else local(parameter).detach()
+            yield weights, gradient(parameter), share, model.ranks // ways
 
 
 def shards(parameter: Tensor) -> int:
@@ -255,9 +340,12 @@ def finish_gradients(model: nn.Module) -> None:
 
 
 def publish_weights(model: nn.Module) -> None:
-    """After the optimizer: make every rank's replicas the same again."""
+    """After the optimizer: masters become the weights that are used, and every rank's replicas the same again."""
     for replicas in model.replicas:
         replicas.publish()
+    for _, parameter, share in owned(model):
+        if share.wide and not share.replicas:
+            parameter.data.copy_(parameter.master)
 
 
 def gradient_norm(model: nn.Module) -> Tensor:

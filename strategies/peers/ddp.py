@@ -8,6 +8,8 @@ from strategies.zero import Zero
 
 
 class DDP(Zero):
+    has_masters = False
+
     def shard(self, model: nn.Module) -> None:
         replicate(model, process_group=self.mesh.zero.group)
 
