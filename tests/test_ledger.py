@@ -161,6 +161,7 @@ def counted_step(
             config.seq_len,
             config.precision,
             ring=config.ring,
+            grad_dtype=config.grad_dtype,
         )
     form: dict = {}
     for entry in entries:
@@ -190,6 +191,8 @@ VARIATIONS = {
     "chunks": {"case": {"mlp_chunks": 3, "loss_chunks": 3}},
     "chunks, recomputed": {"case": {"mlp_chunks": 2, "loss_chunks": 2, "recompute": "block"}},
     "bf16_mixed": {"precision": "bf16_mixed"},
+    "bf16_mixed, gradients too": {"precision": "bf16_mixed", "grad_dtype": "same"},
+    "bf16_mixed, zero_stage 1": {"precision": "bf16_mixed", "case": {"zero_stage": 1}},
     "bf16, dK and dV too": {"precision": "bf16", "ring_grad_dtype": "same"},
     **{f"zero_stage {stage}": {"case": {"zero_stage": stage}} for stage in (0, 1, 2)},
     "tied, odd sizes, few kv heads": {
@@ -207,8 +210,8 @@ def test_a_whole_step_sends_what_the_cost_table_says(case: Case, variation: str)
     change = VARIATIONS[variation]
     case = replace(case, **change.get("case", {}))
     sizes = {**SIZES, "n_kv_heads": HEADS["gqa"], "n_layers": 2, **change.get("model", {})}
-    precision, grad_dtype = change.get("precision", "fp32"), change.get("ring_grad_dtype", "fp32")
-    config = config_of(case, sizes, change.get("batch_size", 2), 32, precision, ring_grad_dtype=grad_dtype)
+    told = {key: change[key] for key in ("precision", "ring_grad_dtype", "grad_dtype") if key in change}
+    config = config_of(case, sizes, change.get("batch_size", 2), 32, **told)
     ranks = unlike_ranks(config)
     counted = on_ranks(len(ranks), counted_step, case, config, sizes, ranks, grouped=False)
     sent, form, sources = max(counted, key=lambda counted: counted[0])
