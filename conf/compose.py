@@ -100,7 +100,7 @@ def check_hydra(said: str) -> None:
 
 
 def check_name(name: str) -> None:
-    if not re.fullmatch(r"(?!\.)[\w.+=, -]{1,100}", name):
+    if not re.fullmatch(r"(?!\.)[\w.+=, -]{1,100}", name) or len(name.encode()) > 200:
         raise Invalid(f"name={name[:40]!r} is no name of a folder in runs/; letters, digits, - and _ would do")
 
 

@@ -9,6 +9,7 @@ goes with the process that made it, however that ends. It takes root, and Debian
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,7 @@ import psutil
 
 ROOT = Path(__file__).parents[1]
 CABLE = "veth0"  # its end on each host
-PATIENCE_S = 15  # with what was asked to end
+PATIENCE_S = 60  # with what was asked to end
 
 
 ADDRESSES = {"hosta": "10.0.0.1", "hostb": "10.0.0.2"}
@@ -50,7 +51,7 @@ class Host:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # Ctrl-C is for what runs on it
+            start_new_session=True,  # Ctrl-C ends what runs on it first
         )
         if self.maker.stdout.readline() != "ready\n":
             raise NotAllowed(f"no host can be made of a network namespace here: {self.maker.communicate()[1].strip()}")
@@ -121,8 +122,15 @@ class TwoHosts:
         for host, output in zip(self.hosts, outputs, strict=True):
             torchrun = [sys.executable, "-m", "torch.distributed.run", *options, f"--local-addr={host.address}"]
             command = host.inside("env", f"--chdir={os.path.abspath(folder)}", *torchrun, *arguments)
-            self.running.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
+            how = {"env": environment, "stdout": output, "stderr": subprocess.STDOUT, "start_new_session": True}
+            self.running.append(subprocess.Popen(command, **how))
         return self.running
+
+    def interrupt(self) -> None:
+        """Ctrl-C on both."""
+        for process in self.running:
+            for torchrun in psutil.Process(process.pid).children():
+                torchrun.send_signal(signal.SIGINT)
 
     def __exit__(self, *error: object) -> None:
         for host in self.hosts:
@@ -140,8 +148,11 @@ def main(words: list[str]) -> int:
         first, second = two.torchrun(arguments, [None, others])
         try:
             codes = first.wait(), second.wait(PATIENCE_S)
-        except KeyboardInterrupt:  # which they have heard, too
-            codes = first.wait(PATIENCE_S), second.wait(PATIENCE_S)
+        except KeyboardInterrupt:
+            two.interrupt()
+            for torchrun in (first, second):
+                torchrun.wait(PATIENCE_S)
+            return 128 + signal.SIGINT
         if any(codes):
             others.seek(0)
             print(f"{two.hosts[1].name}:\n{others.read()}", file=sys.stderr)

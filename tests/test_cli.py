@@ -143,7 +143,7 @@ MISUNDERSTOOD = {  # words -> how the one sentence begins; nothing runs
     "model.name=llama3_8b": "model.name=llama3_8b: model=... chooses it",
     "=5": "'=5' ",
     "seed": "'seed' is no key=value",
-    "seq_len=64 -m sweep=nope": "sweep=nope is not one of gate,",
+    "seq_len=64 -m sweep=nope": "sweep=nope is not one of ",
 }
 
 

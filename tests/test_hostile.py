@@ -190,6 +190,7 @@ VALUES = {  # words -> what the sentence says; "" for what can stand
     "name=../../x": FOLDER,
     "name=NAME": FOLDER,
     "name='a\nb'": FOLDER,
+    f"name='{'日' * 100}'": FOLDER,
     "name=null": "is not Optional",
     "name=${oc.env:HOME}": FOLDER,
     "name=a\0b": "is no key=value",

@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from functools import cache
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 
 from analysis import reading
@@ -322,7 +324,7 @@ def sweep_elsewhere(limit: int = resource.RLIM_INFINITY, words: Sequence[str] = 
     app.run_all(jobs(*LENGTHS, words=words))
 
 
-def start(call: str, **more: object) -> subprocess.Popen:
+def start(call: str) -> subprocess.Popen:
     """Another process that calls something of this file."""
     return subprocess.Popen(
         [sys.executable, "-c", f"from tests.test_records import *; {call}"],
@@ -331,7 +333,6 @@ def start(call: str, **more: object) -> subprocess.Popen:
         stderr=subprocess.STDOUT,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # background jobs ignore it
-        **more,
     )
 
 
@@ -364,21 +365,22 @@ def test_what_a_killed_run_has_left_is_put_in_order(here):
 def hold(folder: str) -> None:
     """Have a turn, and a child that outlives this process, until killed."""
     with turns.turn(Path(folder), shared=False, say=print):
-        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)
+        child = subprocess.Popen(["sleep", str(2 * LONG_S)], close_fds=False)
         print(child.pid, flush=True)
         signal.pause()
 
 
 @pytest.fixture
-def holder(here) -> Iterator[subprocess.Popen]:
-    """A process whose turn it is."""
+def holder(here) -> Iterator[tuple[subprocess.Popen, psutil.Process]]:
+    """A process whose turn it is, and its child."""
     (here / "runs" / "mine").mkdir(parents=True)
-    process = start("hold('runs/mine')", stdin=subprocess.PIPE)
+    process = start("hold('runs/mine')")
     assert process.stdout is not None
-    assert process.stdout.readline().strip().isdigit()
-    yield process
+    child = psutil.Process(int(process.stdout.readline()))
+    yield process, child
     process.kill()
     process.wait()
+    child.kill()
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:
@@ -399,12 +401,14 @@ def test_the_second_command_says_whose_turn_it_is_and_waits(holder, here):
     thread = threading.Thread(target=second)
     thread.start()
     wait_until(lambda: bool(said))
-    assert said[0].startswith(f"runs/mine: it is the turn of process {holder.pid} (python -m bench")
+    process, child = holder
+    assert said[0].startswith(f"runs/mine: it is the turn of process {process.pid} (python -m bench")
     assert said[0].endswith("; this command waits, and then takes what is left")
     assert not done
-    holder.kill()  # the child that it leaves holds nothing
+    process.kill()
     thread.join(LONG_S)
     assert done
+    assert child.is_running(), "and it holds nothing"
     assert len(said) == 1
 
 
@@ -412,7 +416,8 @@ def test_ctrl_c_while_waiting_ends_at_once(holder, here):
     process = start("sweep_elsewhere()")
     assert process.stdout is not None
     assert "it is the turn of process" in process.stdout.readline()
-    wait_until(lambda: any("->" in line and f" {process.pid} " in line for line in open("/proc/locks")))
+    waits = re.compile(rf"-> FLOCK .* {process.pid} ")
+    wait_until(lambda: bool(waits.search(Path("/proc/locks").read_text())))
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=LONG_S)
     assert process.returncode == 130
