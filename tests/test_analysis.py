@@ -89,7 +89,7 @@ def test_where_odysseus_begins_to_pay():
     n, d, i = 8, 4096, 11008
     at = {}
     for strategy, axis in (("odysseus", "tp"), ("tp_sp", "tp"), ("ulysses", "u")):
-        base = symbols.letters(B=1, d=d, i=i, h=32, h_kv=32, K=d // 32, e=2, e_w=2, e_g=4, **{axis: n})
+        base = symbols.letters(B=1, d=d, i=i, h=32, h_kv=32, K=d // 32, e=2, e_w=2, e_dw=2, e_g=4, **{axis: n})
         at[strategy] = total(account_of(strategy).of_block(base))
     length = symbols.SYMBOLS["L"]
     crossing = sympy.solve(at["odysseus"] - at["tp_sp"], length)[0]

@@ -15,6 +15,7 @@ from conf.keys import Config
 from conf.words import Invalid
 from models import checkpoint
 from models.checkpoint import Checkpoint
+from strategies.ops.weights import local
 from tests import reference
 from tests.cases import Case, sized
 from tests.jobs import job
@@ -100,7 +101,7 @@ def held_while_loading(rank: int, folder: str) -> tuple[int, int, int]:
     with Instruments(log):
         training = reference.build(Case("ulysses", ulysses=4), folder)
     Checkpoint.tensor = mapped
-    share = sum(reference.local(p).nbytes for p in training.model.parameters())
+    share = sum(local(p).nbytes for p in training.model.parameters())
     return log.peak().total, share, max(4 * shape.numel() for shape in training.shapes.values())
 
 

@@ -10,6 +10,7 @@ from bench.app import records
 from bench.app import sweep as app
 from bench.app.row import run
 from bench.instruments.observe import Observed
+from bench.ranks.launch import launch
 from bench.ranks.task import Outcome, Task
 from bench.simulation import simulate
 from bench.simulation.fit import granule, longest
@@ -96,16 +97,15 @@ def test_an_unforetold_depth_is_run(monkeypatch):
     assert ran == [*simulate.DEPTHS, MODEL["n_layers"]]
 
 
-def test_a_sweep_runs_the_third_depth_once_for_lengths_that_differ(monkeypatch):
+def test_a_sweep_runs_the_third_depth_once_for_lengths_that_differ():
     """Not again for another length or batch, but for whatever else is different, and as long as it is not foretold."""
     asked = []
 
-    def ends(task: Task, what: str) -> Outcome:
+    def ends(task: Task, progress) -> Outcome:
         asked.append(task.known)
         return Outcome("ok", "", [Rank([], 0, Peak(), 0, None, "", "", foretold=task.config.zero_stage == 3)])
 
-    monkeypatch.setattr(app, "in_silence", ends)
-    families = app.Families()
+    families = app.Families(ends)
     for change in (
         {},
         {"seq_len": 128},
@@ -134,7 +134,7 @@ def test_what_does_not_fit_says_so_and_what_would(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "RUNS", tmp_path)
 
     def row_of(*overrides: str) -> dict:
-        return run(job(*overrides), "all", app.in_silence)
+        return run(job(*overrides), "all", app.Families(launch))
 
     big = [
         "mode=simulate",

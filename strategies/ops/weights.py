@@ -97,8 +97,8 @@ def zero(*modules: nn.Module, axis: Axis, compute_dtype: torch.dtype, grad_dtype
           2  gradients and weights too, and gathered weights are kept from forward to backward (FSDP2)
           3  and gathered again in backward (FSDP2)
 
-    From stage 2 on, what is sharded is the weights as they are updated; they travel together, in `compute_dtype`, when the
-    modules' own forward is called. Gradients travel in `grad_dtype`, and are summed, never averaged: the loss is
+    From stage 2 on, what is sharded is the weights as they are updated; they travel together, in `compute_dtype`, when
+    the modules' own forward is called. Gradients travel in `grad_dtype`, and are summed, never averaged: the loss is
     already divided by the global token count.
     """
     if axis.size == 1:
