@@ -232,14 +232,14 @@ def materialize(model: nn.Module, device: str, whole: Callable[[str], Tensor]) -
     with torch.no_grad():
         model.replicas = [Replicas([parameter for parameter, _ in group], group[0][1]) for group in alike.values()]
         for name, parameter, share in owned(model):
-            mine = in_whole(whole(name), parameter, share)
-            local(parameter).copy_(mine)
-            if share.wide:
-                load_master(model, parameter, share, mine)
+            load(model, parameter, share, in_whole(whole(name), parameter, share))
 
 
-def load_master(model: nn.Module, parameter: nn.Parameter, share: Share, values: Tensor) -> None:
-    """The master of a weight in a narrower dtype, as far as this rank's optimizer updates it."""
+def load(model: nn.Module, parameter: nn.Parameter, share: Share, values: Tensor) -> None:
+    """Give a parameter its values, and its master, if it has one, as far as this rank's optimizer updates it."""
+    local(parameter).copy_(values)
+    if not share.wide:
+        return
     master_dtype, grad_dtype = share.wide
     if share.replicas:
         part, where = replicas_of(model, parameter).master_of(parameter)
