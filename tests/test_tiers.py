@@ -4,11 +4,14 @@ from itertools import pairwise, product
 
 import pytest
 
+from bench.ranks.unlike import unlike_ranks
+from bench.simulation.simulate import simulate
 from conf.columns import KINDS, between_hosts
 from conf.keys import PLACEMENTS, LaunchConfig
 from conf.measurement import Entry, Measured, Peak, Rank, Round
 from conf.tiers import share_that_leaves
 from tests.cases import Case, config_of
+from tests.ranks import on_ranks, standing_for
 
 SIZES = {"dim": 64, "n_layers": 1, "n_heads": 8, "n_kv_heads": 8, "ffn_dim": 96, "vocab_size": 64}
 AXES = {"dp": 2, "tp": 4, "ulysses": 2, "ring": 3}
@@ -75,6 +78,36 @@ def test_a_row_says_what_leaves_the_host_of_the_rank_that_sends_most_there():
     assert between_hosts(Measured(chosen, [Round(ranks[2:3])])) == 0  # whose next one is beside it
     chosen.launch.ranks_per_host = None
     assert between_hosts(Measured(chosen, [Round(ranks)])) == 0
+
+
+SPREAD = [
+    Case("usp", ulysses=2, ring=2),
+    Case("usp", ulysses=2, ring=2, placement="ring_inner"),
+    Case("tp_usp", tp=2, ring=2, placement="tp_outer"),
+    Case("odysseus", dp=2, tp=2),
+    Case("ring", ring=4),
+]
+
+
+def simulated(process: int, case: Case) -> list[Rank]:
+    """Every rank of it."""
+    found = []
+    for rank in range(case.world_size):
+        with standing_for(rank, case.world_size):
+            observed, _ = simulate(config_of(case, SIZES, 2, 64), lambda text: None)
+            found.append(rank_of(rank, *observed.comm))
+    return found
+
+
+@pytest.mark.parametrize("case", SPREAD, ids=str)
+def test_the_ranks_that_are_simulated_tell_what_leaves_a_host_at_most(case: Case):
+    (ranks,) = on_ranks(1, simulated, case, grouped=False)
+    for each in (1, 2):
+        chosen = config_of(case, SIZES, 2, 64)
+        chosen.launch = LaunchConfig(ranks_per_host=each)
+        all_of_them = between_hosts(Measured(chosen, [Round(ranks)]))
+        assert all_of_them > 0
+        assert between_hosts(Measured(chosen, [Round([ranks[n] for n in unlike_ranks(chosen)])])) == all_of_them
 
 
 def test_a_million_ranks_are_as_quick_as_four():
