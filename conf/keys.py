@@ -180,8 +180,8 @@ class LaunchConfig:
 
     name: str = key(
         "local",
-        "local: on this machine | torchrun: on every host on which torchrun runs the same command",
-        choices=("local", "torchrun"),
+        "local: on this machine | torchrun: on every host on which torchrun runs the same command | slurm: as its job",
+        choices=("local", "torchrun", "slurm"),
         column="launch",
         identity=False,
     )
@@ -193,6 +193,24 @@ class LaunchConfig:
     )
     interface: str | None = key(
         None, "network interface of ranks on several hosts; null = the one that leads to the first", identity=False
+    )
+    executor: str | None = key(
+        None,
+        "of launch=slurm: slurm, or to try it out local: on this machine",
+        choices=("slurm", "local"),
+        identity=False,
+    )
+    nodes: int | None = key(None, "of launch=slurm: hosts", least=1, most=MOST_RANKS, identity=False)
+    gpus_per_node: int | None = key(
+        None, "of launch=slurm: GPUs of each host", least=1, most=MOST_RANKS, identity=False
+    )
+    partition: str | None = key(None, "of launch=slurm: where; null = the cluster's default", identity=False)
+    time: int | None = key(
+        None,
+        "of launch=slurm: minutes, after which it is submitted again and goes on",
+        least=1,
+        most=MOST,
+        identity=False,
     )
 
 
@@ -279,6 +297,9 @@ class Config:
         "which rows a sweep measures again (a single run always does)",
         choices=("none", "failed", "all"),
         identity=False,
+    )
+    objective: str | None = key(
+        None, "of hydra/sweeper=optuna: the column whose best value it looks for, as peak_bytes", identity=False
     )
 
     @classmethod

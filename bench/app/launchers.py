@@ -1,14 +1,26 @@
-"""Where a sweep's ranks are started: on this machine, or on every host on which torchrun has started this command."""
+"""Where a sweep's ranks are started: on this machine, on every host on which torchrun has started this command, or
+elsewhere by Slurm."""
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from bench.ranks.launch import Progress, interrupted, launch, start_server
 from bench.ranks.task import Outcome, Task
 from conf.keys import Config
+from conf.words import Invalid
 
 Launch = Callable[[Task, Progress], Outcome]
+
+
+def submit(config: Config) -> NoReturn:
+    """This whole command as a job of Slurm."""
+    try:
+        from bench.app import slurm
+    except ModuleNotFoundError:
+        raise Invalid("launch=slurm needs the package submitit; pip install 'submitit>=1.5' would do") from None
+    slurm.submit(config)
 
 
 @contextmanager

@@ -35,7 +35,14 @@ def run_one(job: Job) -> Row:
 
 
 def run_all(jobs: list[Job]) -> list[Row]:
-    """Run a sweep's jobs one after the other, and print the table. Ctrl-C leaves every finished row on disk."""
+    """Run a sweep's jobs, and print the table."""
+    rows = run_part(jobs)
+    print_table(rows, jobs[0].config.name)
+    return rows
+
+
+def run_part(jobs: list[Job]) -> list[Row]:
+    """Run jobs one after the other. Ctrl-C leaves every finished row on disk."""
     done: dict[int, Row] = {}
     name = jobs[0].config.name
     try:
@@ -48,9 +55,7 @@ def run_all(jobs: list[Job]) -> list[Row]:
         if isinstance(error, KeyboardInterrupt):
             leave(error)
         sys.exit(1)
-    rows = [done[i] for i in sorted(done)]
-    print_table(rows, name)
-    return rows
+    return [done[i] for i in sorted(done)]
 
 
 @contextmanager

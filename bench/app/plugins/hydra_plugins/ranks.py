@@ -8,16 +8,21 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweeperConf
 from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.experimental.callback import Callback
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from bench.app.launchers import submit
 from bench.ranks.scratch import scratch
 from conf.files import check_writable
+from conf.words import Invalid
 
 
 class RanksLauncher(Launcher):
@@ -25,16 +30,46 @@ class RanksLauncher(Launcher):
         self.hydra_context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from bench.app import sweepers
         from bench.app.job import Job
-        from bench.app.sweep import run_all
+        from bench.app.sweep import run_all, run_part
 
         if len(job_overrides) > 50:
             print(f"composing {len(job_overrides)} configurations ...", flush=True)
         load = self.hydra_context.config_loader.load_sweep_config
-        rows = run_all([Job.of(load(self.config, list(overrides)), overrides) for overrides in job_overrides])
-        if not any(row["status"] == "ok" for row in rows):
+        jobs = [Job.of(load(self.config, list(overrides)), overrides) for overrides in job_overrides]
+        first = jobs[0].config
+        if first.launch.name == "slurm":
+            submit(first)
+        objective = first.objective
+        rows = run_all(jobs) if objective is None else run_part(jobs)
+        if objective is None and not any(row["status"] == "ok" for row in rows):
             sys.exit(1)
-        return [JobReturn(overrides=overrides, status=JobStatus.COMPLETED) for overrides in job_overrides]
+        values = [sweepers.told(row, objective, self.config.hydra) for row in rows]
+        return [
+            JobReturn(overrides=overrides, status=JobStatus.COMPLETED, _return_value=value)
+            for overrides, value in zip(job_overrides, values, strict=True)
+        ]
+
+
+class Searches(Callback):
+    """What is said before and after a sweep of Hydra's other launchers and sweepers."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        from bench.app import sweepers
+
+        try:
+            sweepers.check(config)
+        except Invalid as fault:  # Hydra would go on after it
+            sys.exit(f"bench: {fault}")
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        found = Path(config.hydra.sweep.dir, "optimization_results.yaml")
+        if config.hydra.runtime.choices["hydra/sweeper"] == "optuna" and found.exists():
+            best = OmegaConf.load(found)
+            said = " ".join(f"{key}={value}" for key, value in best.best_params.items())
+            print(f"best {config.objective}: {best.best_value:,.10g}, with {said}")
+            print(f"{found.with_name('results.csv')}: one row for each that was tried")
 
 
 class ProductSweeper(BasicSweeper):
