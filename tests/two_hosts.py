@@ -6,7 +6,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
@@ -18,11 +18,16 @@ PATIENCE_S = 240  # a busy machine takes long to import torch four times
 class Pair:
     """Two hosts that run the same command, each in a folder of its own."""
 
-    def __init__(self, folder: Path, *overrides: str, restarts: int = 0) -> None:
+    module = "bench"
+
+    def __init__(
+        self, folder: Path, *overrides: str, restarts: int = 0, environment: Mapping[str, str] | None = None
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.endpoint = f"127.0.0.1:{free.getsockname()[1]}"
         self.folder, self.overrides, self.restarts = folder, overrides, restarts
+        self.environment = environment or {}
         self.agents: dict[str, subprocess.Popen] = {}
         for name in ("a", "b"):
             self.start(name)
@@ -32,8 +37,13 @@ class Pair:
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
         arguments = ["--nnodes=2", "--nproc-per-node=1", f"--max-restarts={self.restarts}", "--rdzv-backend=c10d"]
-        arguments += [f"--rdzv-endpoint={self.endpoint}", "--local-addr=127.0.0.1", "-m", "bench"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        arguments += [f"--rdzv-endpoint={self.endpoint}", "--local-addr=127.0.0.1", "-m", self.module]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            **self.environment,
+        }
         environment.pop("PYTEST_XDIST_WORKER", None)
         with open(folder / "log", "a") as log:
             self.agents[name] = subprocess.Popen(

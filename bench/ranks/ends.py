@@ -43,11 +43,17 @@ def last_words(exitcode: int | None, words: str, killed_for_memory: bool) -> Fai
         message = f"the process was killed by {signal.Signals(-exitcode).name}"
     else:
         message = f"the process ended with exit code {exitcode} and no message"
-    if where := place(stack):
+    if where := place(of_who_died(stack)):
         message += f" in {where}"
     if said:
         message += f": {said}"
     return Failure(message, oom=any(short in said for short in SHORT_OF_MEMORY), traceback=words)
+
+
+def of_who_died(stacks: str) -> str:
+    """Of all threads' stacks the one of the thread that died; where that has none, of the first, which comes last."""
+    threads = [each for each in stacks.split("\n\n") if "most recent call first" in each]
+    return next((each for each in threads if "Current thread" in each), threads[-1] if threads else "")
 
 
 def oom_kills() -> int:

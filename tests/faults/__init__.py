@@ -1,0 +1,1 @@
+"""A campaign of faults into whole sweeps, from outside: python -m tests.faults.campaign --help."""
