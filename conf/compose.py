@@ -25,6 +25,7 @@ from conf.words import Invalid, did_you_mean, in_a_line, one_of
 REFUSED = (HydraException, OmegaConfBaseException, Invalid, AssertionError)  # the last is OmegaConf's of null sections
 MOST_SWEPT = 10_000  # configurations in a sweep
 LONGEST_WORD = 10_000  # of a command line, in characters
+PLUGINS = {"joblib": "hydra-joblib-launcher", "optuna": "hydra-optuna-sweeper"}  # of Hydra, which may not be here
 HUGE = 10**300  # OmegaConf makes floats of numbers, and these end soon after
 
 
@@ -95,7 +96,7 @@ def check_word(override: Override, values: list[Any]) -> None:
 def check_hydra(said: str) -> None:
     """Who launches and who sweeps can be chosen. Where Hydra writes, and which code it calls, cannot."""
     ours = re.match(r"\+*hydra(/(launcher|sweeper)(/\w+)*=\w+$|\.(launcher|sweeper)\.)", said)
-    if not ours or re.search(r"_target_|custom_search_space|\bname\b|\$\{", said):
+    if not ours or re.search(r"_target_|custom_search_space|storage|temp_folder|\bname\b|\$\{", said):
         raise Invalid(f"{said}: of Hydra's own only hydra/launcher, hydra/sweeper and their keys can be chosen")
 
 
@@ -181,6 +182,8 @@ def sentence(error: Exception) -> str:
 def explained(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.options:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+        if choice in PLUGINS:
+            return f"{group}={choice} needs a package; pip install {PLUGINS[choice]} would do"
         return one_of(group, choice, error.options)
     if isinstance(error, AssertionError):
         return (

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from bench.app import here
 from bench.ranks.hosts import interface_to, of_torchrun, ranks_per_host
+from conf.resolve import resolve
 from conf.words import Invalid
 from tests.jobs import job
 from tests.two_hosts import Pair
@@ -78,6 +80,15 @@ def test_a_host_that_is_gone_is_named_and_the_sweep_goes_on_when_it_is_back(pair
 def test_ranks_are_shared_out(ranks, asked, hosts, each):
     config = job(f"world_size={ranks}", f"launch.ranks_per_host={asked or 'null'}").config
     assert ranks_per_host(config, hosts) == each
+
+
+def test_each_host_has_gpus_for_its_own_ranks(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(here, "count_gpus", lambda: 2)
+    here.check(resolve(job("launch=torchrun", "device=cuda", "strategy=tp", "world_size=4").config))
+    with pytest.raises(Invalid, match=r"^device=cuda: world_size=8 needs 4 GPUs and there are 2; "):
+        here.check(resolve(job("launch=torchrun", "device=cuda", "strategy=tp", "world_size=8").config))
 
 
 def test_what_cannot_be_launched_is_a_sentence(monkeypatch):

@@ -64,7 +64,8 @@ def check_checkpoint(resolved: Resolved) -> None:
 
 def check_device(config: Config) -> None:
     """Is there a GPU for each rank that runs at a time?"""
-    needed = {"real": config.world_size, "emulate": 1, "simulate": 0}[config.mode]
+    each = config.launch.ranks_per_host if config.launch.name == "torchrun" else None
+    needed = {"real": each or config.world_size, "emulate": 1, "simulate": 0}[config.mode]
     if config.device == "cuda" and needed and (gpus := count_gpus()) < needed:
         would_do = f"world_size={gpus}, mode=emulate or device=cpu" if gpus else "mode=simulate or device=cpu"
         ranks = f"world_size={config.world_size}" if config.mode == "real" else f"mode={config.mode}"
