@@ -225,6 +225,9 @@ class Config:
     mesh: MeshConfig = section(MeshConfig, "degrees; their product is world_size; null = the strategy decides", "plain")
     seq_len: int = key(512, "tokens per sequence, over all ranks", least=1, most=MOST)
     batch_size: int = key(1, "sequences per step, over all ranks", least=1, most=MOST)
+    micro_batches: int = key(
+        1, "parts of the batch, one after the other, whose gradients add up until the step's end", least=1, most=MOST
+    )
     placement: str = key(
         "ulysses_inner",
         "whose neighbours are the nearest ranks: tp's, then ulysses' | tp's, then the ring's | all others', then tp's",
@@ -301,6 +304,11 @@ class Config:
     objective: str | None = key(
         None, "of hydra/sweeper=optuna: the column whose best value it looks for, as peak_bytes", identity=False
     )
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences over all ranks, one forward and backward."""
+        return self.batch_size // self.micro_batches
 
     @classmethod
     def of(cls, values: Mapping) -> "Config":

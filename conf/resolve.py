@@ -163,10 +163,17 @@ def fill_grad_dtype(config: Config) -> None:
 
 
 def check_batch(resolved: Resolved) -> None:
-    """Has every dp rank a sequence?"""
+    """Is every micro-batch as large, and has every dp rank a sequence of each?"""
     config = resolved.config
-    dp, batch_size = config.mesh.dp or 1, config.batch_size
-    if batch_size < dp and config.workload == "attention":
+    dp, parts, batch_size = config.mesh.dp or 1, config.micro_batches, config.batch_size
+    if config.workload == "attention" and parts > 1:
+        raise Invalid(f"micro_batches={parts}: workload=attention adds no gradients up; 1 would do")
+    if batch_size % parts:
+        near = around(parts, divisors(batch_size))
+        raise Invalid(f"micro_batches={parts} must divide batch_size={batch_size}; {near} would do")
+    has = config.micro_batch_size
+    if has < dp and config.workload == "attention":
         raise Invalid(f"batch_size={batch_size} must be at least mesh.dp = {dp} for workload=attention; {dp} would do")
-    if batch_size < dp:
-        resolved.notes.append(f"batch_size={batch_size} leaves {dp - batch_size} of mesh.dp={dp} without a sequence")
+    if has < dp:
+        size = f"batch_size={batch_size}" + (f" in micro_batches={parts}" if parts > 1 else "")
+        resolved.notes.append(f"{size} leaves {dp - has} of mesh.dp={dp} without a sequence")

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from bench.workloads.step import run_step
 from conf.keys import Config, LaunchConfig
 from conf.measurement import Entry, Peak, Rank
 from conf.meshes import Line
@@ -61,12 +62,11 @@ def compared(what: str, chosen: Config, comm: list[Entry], work: Callable[[], ob
 
 
 def of_a_step(case: Case) -> dict:
-    training, batch = instruments.train(case, SIZES, BATCH, SEQ_LEN)
-    comm = instruments.observed(training, batch).comm
+    training, batches = instruments.train(case, SIZES, BATCH, SEQ_LEN)
+    comm = instruments.observed(training, batches).comm
 
     def step() -> None:
-        training.backward(training.forward(batch))
-        training.update()
+        run_step(training, batches)
 
     return compared(str(case), config(case), comm, step)
 

@@ -34,6 +34,7 @@ class Case:
     kv: str = "rotate"
     placement: str = "ulysses_inner"
     recompute: str = "none"
+    micro_batches: int = 1
     mlp_chunks: int = 1
     loss_chunks: int = 1
 
@@ -75,7 +76,8 @@ class Case:
         chunks = f"chunks {self.mlp_chunks},{self.loss_chunks}" if max(self.mlp_chunks, self.loss_chunks) > 1 else ""
         heads = f"head chunks {self.head_chunks}" if self.head_chunks > 1 else ""
         variant = ("packed" if self.packed else "", heads, self.kv.removeprefix("rotate"))
-        variant = (*variant, self.recompute.removeprefix("none"), chunks)
+        micro = f"micro batches {self.micro_batches}" if self.micro_batches > 1 else ""
+        variant = (*variant, micro, self.recompute.removeprefix("none"), chunks)
         inner = self.placement.removeprefix("ulysses_inner")
         return " ".join(part for part in (self.strategy, axes, layout, stage, *variant, inner) if part)
 
@@ -123,6 +125,14 @@ def cases(world_size: int) -> list[Case]:
     return found
 
 
+MICRO = [  # a batch in parts, one after the other
+    *(Case("zero", dp=4, zero_stage=stage, micro_batches=2) for stage in (0, 1, 2, 3)),
+    Case("ulysses", ulysses=4, micro_batches=4),
+    Case("tp_sp", dp=2, tp=2, micro_batches=2),
+    Case("tp_usp", tp=2, ring=2, micro_batches=2, mlp_chunks=2, loss_chunks=2),
+    Case("odysseus", tp=2, ring=2, micro_batches=2, recompute="block"),
+]
+
 CASES = [Case("single"), *cases(2), *cases(4), *cases(8)]
 HEADS = {"mha": 8, "gqa": 4, "few_kv": 2}  # n_kv_heads of 8 heads; few_kv: fewer than most degrees
 
@@ -158,6 +168,7 @@ def config_of(
         placement=case.placement,
         seq_len=seq_len,
         batch_size=batch_size,
+        micro_batches=case.micro_batches,
         precision=precision,
         grad_dtype=grad_dtype if precision == "bf16_mixed" else None,
         recompute=case.recompute,

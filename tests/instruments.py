@@ -6,6 +6,7 @@ import strategies
 from bench.instruments.memory import MemoryLog
 from bench.instruments.observe import Observed, observe
 from bench.workloads.build import initial
+from bench.workloads.step import run_step
 from bench.workloads.training import PRECISIONS, Training
 from conf.keys import OptimConfig
 from conf.measurement import Entry, Peak
@@ -28,27 +29,26 @@ def build(case: Case, sizes: dict, batch: int, seq_len: int, dtype: str = "fp32"
         **case.model,
     ).load(lambda name, shape: initial(name, shape, 0, "cpu"))
     tokens = torch.randint(0, config.vocab_size, (batch, seq_len + 1), generator=torch.Generator().manual_seed(0))
-    return training, training.place(tokens[:, :-1], tokens[:, 1:])
+    return training, training.micro_batches(tokens[:, :-1], tokens[:, 1:], case.micro_batches)
 
 
 def train(*args, **options) -> tuple[Training, object]:
     """The same after a first step: gradients and optimizer state are there."""
-    training, placed = build(*args, **options)
-    training.backward(training.forward(placed))
-    training.update()
-    return training, placed
+    training, batches = build(*args, **options)
+    run_step(training, batches)
+    return training, batches
 
 
-def observed(training: Training, batch) -> Observed:
+def observed(training: Training, batches) -> Observed:
     """One more step of it, with every instrument on."""
-    return observe(training, batch, MemoryLog("cpu", training.state()))
+    return observe(training, batches, MemoryLog("cpu", training.state()))
 
 
 def ledger(*args, **options) -> list[Entry]:
     """The lines of comm.csv of one step, on this rank."""
-    training, placed = build(*args, **options)
+    training, batches = build(*args, **options)
     training.warm()
-    return observed(training, placed).comm
+    return observed(training, batches).comm
 
 
 def flops(rank: int, *args) -> int:

@@ -5,6 +5,7 @@ import json
 import socket
 import struct
 
+from bench.workloads.step import run_step
 from tests import instruments
 from tests.cases import Case
 from tests.ranks import on_ranks
@@ -45,10 +46,8 @@ def prepare(rank: int, case: Case) -> float:
 
 
 def steps(rank: int, case: Case) -> None:
-    training, batch = trained[case]
     for _ in range(STEPS):
-        training.backward(training.forward(batch))
-        training.update()
+        run_step(*trained[case])
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 from bench.app import sweep as app
 from bench.app.row import resolved_here
 from bench.workloads.build import build
+from bench.workloads.step import run_step
 from strategies.ops.kernels import Math, pick_kernel
 from strategies.ops.ring_attention import merge
 from tests.jobs import job
@@ -69,13 +70,12 @@ def test_a_step_never_waits_for_the_host(strategy, ranks):
     mesh = [f"strategy={strategy}", f"world_size={ranks}", "mode=emulate"]
     config = resolved_here(job(*mesh, "device=cuda", "precision=bf16_mixed", *WIDE).config).config
     with standing_for(0, ranks, "cuda") if ranks > 1 else nullcontext():
-        training, batch_of = build(config)
-        batch = batch_of(0)
+        training, batches_of = build(config)
+        batches = batches_of(0)
         try:
             for then in ("default", "default", "error"):  # in steady state
                 torch.cuda.set_sync_debug_mode(then)
-                training.backward(training.forward(batch))
-                training.update()
+                run_step(training, batches)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

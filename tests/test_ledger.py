@@ -190,6 +190,8 @@ VARIATIONS = {
     "recompute": {"case": {"recompute": "block"}},
     "chunks": {"case": {"mlp_chunks": 3, "loss_chunks": 3}},
     "chunks, recomputed": {"case": {"mlp_chunks": 2, "loss_chunks": 2, "recompute": "block"}},
+    "micro_batches": {"case": {"micro_batches": 2}, "batch_size": 4},
+    "micro_batches, zero_stage 1": {"case": {"micro_batches": 3, "zero_stage": 1}, "batch_size": 6},
     "bf16_mixed": {"precision": "bf16_mixed"},
     "bf16_mixed, gradients too": {"precision": "bf16_mixed", "grad_dtype": "same"},
     "bf16_mixed, zero_stage 1": {"precision": "bf16_mixed", "case": {"zero_stage": 1}},

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from analysis.accounts import account_of
 from analysis.accounts.letters import Letters
+from bench.workloads.step import run_step
 from tests import instruments
 from tests.cases import Case, config_of
 from tests.ranks import on_ranks
@@ -127,18 +128,17 @@ class Unhurried(TorchDispatchMode):
 
 def by_the_allocator(rank: int, case: Case) -> tuple[int, int]:
     """The peak of a step above what was there before, by the profiler's allocation events and by the log."""
-    training, batch = instruments.train(case, SIZES, 1, SEQ_LEN)
+    training, batches = instruments.train(case, SIZES, 1, SEQ_LEN)
     gc.collect()  # what the first step left would be freed during this one, and counted as less than nothing
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with Unhurried(), torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
-        training.backward(training.forward(batch))
-        training.update()
+        run_step(training, batches)
     held = highest = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
             held += event.nbytes()
             highest = max(highest, held)
-    log = instruments.observed(training, batch).peak
+    log = instruments.observed(training, batches).peak
     return highest, log.total - log.params - log.grads - log.optimizer
 
 

@@ -7,7 +7,7 @@ from bench.instruments.observe import Observed
 from bench.ranks.unlike import unlike_ranks
 from bench.simulation.simulate import simulate
 from tests import instruments
-from tests.cases import Case, cases, config_of
+from tests.cases import MICRO, Case, cases, config_of
 from tests.ranks import on_ranks, standing_for
 
 MODEL = {"dim": 64, "n_heads": 8, "n_kv_heads": 4, "ffn_dim": 96, "vocab_size": 64}
@@ -19,18 +19,22 @@ def sizes(case: Case) -> dict:
     return {**MODEL, "n_layers": 2 if case.world_size == 4 else 1}
 
 
+def batch_of(case: Case) -> int:
+    return BATCH if case.micro_batches == 1 else 8  # every dp rank has a sequence at a time
+
+
 def real(rank: int, case: Case) -> Observed:
-    return instruments.observed(*instruments.train(case, sizes(case), BATCH, SEQ_LEN))
+    return instruments.observed(*instruments.train(case, sizes(case), batch_of(case), SEQ_LEN))
 
 
 def emulated(case: Case) -> Observed:
-    training, batch = instruments.train(case, sizes(case), BATCH, SEQ_LEN)
+    training, batch = instruments.train(case, sizes(case), batch_of(case), SEQ_LEN)
     assert all(torch.isfinite(parameter).all() for parameter in training.model.parameters())
     return instruments.observed(training, batch)
 
 
 def simulated(case: Case) -> Observed:
-    observed, _ = simulate(config_of(case, sizes(case), BATCH, SEQ_LEN), lambda text: None)
+    observed, _ = simulate(config_of(case, sizes(case), batch_of(case), SEQ_LEN), lambda text: None)
     return observed
 
 
@@ -47,7 +51,7 @@ def lines(observed: Observed) -> list[str]:
     return sorted(str(entry) for entry in observed.comm)
 
 
-@pytest.mark.parametrize("case", [*cases(4), *(case for case in cases(8) if case.layout == "zigzag")], ids=str)
+@pytest.mark.parametrize("case", [*cases(4), *MICRO, *(case for case in cases(8) if case.layout == "zigzag")], ids=str)
 def test_the_three_modes_agree(case: Case):
     """Line by line of comm.csv and to the FLOP, on every rank; peaks within 1 %."""
     truth = on_ranks(case.world_size, real, case)
@@ -62,7 +66,7 @@ def test_the_three_modes_agree(case: Case):
             for part in ("params", "grads", "optimizer"):
                 assert getattr(ours.peak, part) == getattr(theirs.peak, part), f"{mode}, rank {rank}"
     assert [emulate[rank].peak for rank in ranks] == [observed.peak for observed in truth]  # to the byte
-    launched = unlike_ranks(config_of(case, sizes(case), BATCH, SEQ_LEN))
+    launched = unlike_ranks(config_of(case, sizes(case), batch_of(case), SEQ_LEN))
     for size in (lambda o: o.peak.total, lambda o: o.flops, lambda o: sum(entry.sent_bytes for entry in o.comm)):
         everywhere = [size(simulate[rank]) for rank in ranks]
         assert max(everywhere[rank] for rank in launched) == max(everywhere), f"{launched} of {everywhere}"

@@ -100,7 +100,7 @@ def trained(rank: int, case: Case, folder: str) -> tuple[reference.Result | None
     training.zero_grads()
     training.update()
     sent: Counter = Counter()
-    for entry in instruments.observed(training, training.place(*batch_of(3, None))).comm:
+    for entry in instruments.observed(training, [training.place(*batch_of(3, None))]).comm:
         sent[entry.phase, entry.kind, entry.axis, entry.weights] += entry.sent_bytes
     return result, sorted(sent.items())
 

@@ -8,7 +8,7 @@ import torch
 from bench.workloads.training import PRECISIONS
 from strategies.ops.weights import trained
 from tests import reference
-from tests.cases import CASES, Case
+from tests.cases import CASES, MICRO, Case
 from tests.ranks import on_ranks
 
 STEPS = 5
@@ -55,6 +55,42 @@ def test_five_steps_have_the_same_losses(case: Case, checkpoints, their_curve):
     ours = curve(0, case, folder) if case.world_size == 1 else on_ranks(4, curve, case, folder)[0]
     assert ours == pytest.approx(their_curve, rel=1e-5)
     assert their_curve[-1] < their_curve[0]
+
+
+def in_parts(rank: int, case: Case, folder: str) -> dict[str, torch.Tensor] | None:
+    """The whole gradients of a batch that was run in parts, and its loss."""
+    training = reference.build(case, folder)
+    losses = []
+    for part in training.micro_batches(*reference.make_batch(8, 67, torch.arange(5)), case.micro_batches):
+        losses.append(training.forward(part))
+        training.backward(losses[-1], last=False)
+    training.finish()
+    grads = reference.together(reference.gradients(training))
+    return {"loss": torch.tensor(training.global_loss(torch.stack(losses).sum().detach()[None])), **grads}
+
+
+@pytest.mark.parametrize("case", MICRO, ids=str)
+def test_micro_batches_are_one_batch(case: Case, checkpoints):
+    """The same loss and gradients, whatever ZeRO does in between."""
+    whole = reference.hugging_face(checkpoints["gqa"], *reference.make_batch(8, 67, torch.arange(5)))
+    ours = on_ranks(4, in_parts, case, checkpoints["gqa"])[0]
+    assert ours.pop("loss").item() == pytest.approx(whole.loss, rel=1e-5)
+    for name, grad in ours.items():
+        assert reference.distance(grad, whole.grads[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("grad_dtype", ["fp32", "same"])
+def test_gradients_of_micro_batches_add_up_in_their_dtype(grad_dtype: str, checkpoints):
+    """64 parts that are alike: in fp32 no addition is lost, in bf16 the later ones are."""
+    tokens, labels = (t.repeat(64, 1) for t in reference.make_batch(1, 67, None))
+    training = reference.build(Case("single"), checkpoints["gqa"], PRECISIONS["bf16_mixed"], grad_dtype=grad_dtype)
+    first, *others = training.micro_batches(tokens, labels, 64)
+    training.backward(training.forward(first))
+    one = {name: grad.double() for name, grad in reference.gradients(training).items()}
+    for part in others:
+        training.backward(training.forward(part))
+    off = [reference.distance(grad, 64 * one[name]) for name, grad in reference.gradients(training).items()]
+    assert max(off) < 1e-6 if grad_dtype == "fp32" else min(off) > 1e-2
 
 
 def result_in(rank: int, case: Case, folder: str, dtype: torch.dtype) -> reference.Result | None:

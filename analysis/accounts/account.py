@@ -53,11 +53,15 @@ class Account:
         return something([*self.exchanges(s), *(line for group in self.groups(s) for line in weights.zero(group, s))])
 
     def of_step(self, s: Letters) -> list[Sent]:
-        """What a whole training step sends: blocks, embedding, head, clipping."""
-        blocks = [line.times(s.layers) for line in self.exchanges(s)]
+        """What a whole training step sends: blocks, embedding, head, clipping.
+
+        With every micro-batch again, but for what is summed over replicas and over tp, and the clipping.
+        """
+        blocks = [line.times(s.layers * s.micro) for line in self.exchanges(s)]
+        ends = [line.times(s.micro) for line in self.ends(s)]
         zero = weights.zero_step([*self.groups(s), *weights.of_ends(s)], s)
         summed = weights.summed_over_tp(s, split_norms=not self.whole_norms)
-        return something([*blocks, *self.ends(s), *zero, *summed, *weights.clipped(s)])
+        return something([*blocks, *ends, *zero, *summed, *weights.clipped(s)])
 
     def of_attention(self, s: Letters, backward: bool) -> list[Sent]:
         """workload=attention: what is exchanged between the projections of one block."""
@@ -67,7 +71,8 @@ class Account:
     def flops_of_step(self, s: Letters) -> Amount:
         """What a rank computes in a step, forward and backward; what is run again does not count."""
         head = weights.of_ends(s)[-1]
-        return flops.of_matrices([*self.groups(s), head], s) + s.layers * self.flops_of_attention(s, backward=True)
+        matrices = flops.of_matrices([*self.groups(s), head], s)
+        return s.micro * (matrices + s.layers * self.flops_of_attention(s, backward=True))
 
     def flops_of_attention(self, s: Letters, backward: bool) -> Amount:
         """workload=attention: what it computes between the projections of one block."""

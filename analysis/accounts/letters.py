@@ -31,7 +31,7 @@ def part(n: Amount, ways: Amount, at: Mapping[str, int] | None, axis: str) -> Am
 class Letters:
     """One configuration in the letters of the formulas, on one rank: where it is `at`, or one that has most of all."""
 
-    B: Amount  # sequences of this rank
+    B: Amount  # sequences of this rank, at a time
     L: Amount  # tokens of a sequence
     d: Amount
     i: Amount
@@ -51,6 +51,7 @@ class Letters:
     rho: Amount = 1  # copies of a kv head that ulysses needs
     kv_shared: Amount = 1  # tp ranks that share a kv head
     stage: int = 3
+    micro: Amount = 1  # micro-batches
     recompute: bool = False  # whole blocks
     selective: bool = False  # what is cheap to make again
     mlp_chunks: int = 1
@@ -71,7 +72,7 @@ class Letters:
         e_w, e = BYTES[config.precision]
         at = None if rank is None else place(config, rank)
         return cls(
-            B=max(1, part(config.batch_size, dp, at, "dp")),
+            B=max(1, part(config.micro_batch_size, dp, at, "dp")),
             L=config.seq_len,
             d=model.dim,
             i=model.ffn_dim,
@@ -91,6 +92,7 @@ class Letters:
             rho=max(1, ulysses // max(1, model.n_kv_heads // tp)),
             kv_shared=max(1, tp // model.n_kv_heads),
             stage=config.zero_stage,
+            micro=config.micro_batches,
             recompute=config.recompute == "block",
             selective=config.recompute == "selective",
             mlp_chunks=config.mlp.chunks,

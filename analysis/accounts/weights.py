@@ -79,7 +79,7 @@ def zero(group: Group, s: Letters) -> list[Sent]:
 def zero_step(groups: list[Group], s: Letters) -> list[Sent]:
     """The same of a whole step."""
     if s.stage >= 2:
-        return [line.times(group.times) for group in groups for line in zero(group, s)]
+        return [line.times(group.times * s.micro) for group in groups for line in zero(group, s)]
     in_buffers = [Group([Weight(elements, 1, "not")], ranks) for ranks, elements in buffers(groups, s)]
     return [replace(line, calls=1) for group in in_buffers for line in zero(group, s)]
 

@@ -3,10 +3,9 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,28 +13,10 @@ from bench.instruments.flops import CountedKernel, FlopCounter
 from bench.instruments.instrument import Instrument
 from bench.instruments.ledger import Ledger
 from bench.instruments.memory import MemoryLog
+from bench.workloads.step import Workload, run_step
 from conf.measurement import Entry, Peak
-from strategies.base import Strategy
 from strategies.ops.hooks import every_hop, hooked
 from strategies.ops.mesh import Axis
-
-
-class Workload(Protocol):
-    """What can be observed: something that runs in steps of three parts."""
-
-    @property
-    def strategy(self) -> Strategy: ...
-
-    @property
-    def model(self) -> nn.Module: ...
-
-    def forward(self, batch: Any) -> Tensor: ...
-
-    def backward(self, result: Tensor) -> None: ...
-
-    def update(self) -> None: ...
-
-    def state(self) -> dict[str, list[Tensor]]: ...
 
 
 @dataclass
@@ -92,10 +73,10 @@ class Instruments(TorchDispatchMode):
     def counting(self, times: int) -> Iterator[None]:
         """What runs inside stands for so many alike."""
         for instrument in self.instruments:
-            instrument.times = times
+            instrument.times *= times
         yield
         for instrument in self.instruments:
-            instrument.times = 1
+            instrument.times //= times
 
 
 def all_hops(seen: Instruments, axis: Axis, layout: str) -> Iterable[int]:
@@ -104,26 +85,30 @@ def all_hops(seen: Instruments, axis: Axis, layout: str) -> Iterable[int]:
 
 def observe(
     training: Workload,
-    batch: Any,
+    batches: Iterable[Any],
     log: MemoryLog,
     hops: Callable[[Instruments, Axis, str], Iterable[int]] = all_hops,
+    alike: int = 1,
 ) -> Observed:
     """Run one more step, with nothing compiled: a fused kernel shows no instrument what it holds.
 
-    Gradients and optimizer state must be there already, as they are from the second step on.
+    Gradients and optimizer state must be there already, as they are from the second step on. alike: for how many each
+    of the micro-batches stands.
     """
     ledger, counter = Ledger(training.model, training.strategy), FlopCounter()
     options = training.strategy.options
     kernel, options.kernel = options.kernel, CountedKernel(options.kernel, counter)
     seen = Instruments(log, ledger, counter)
     around = hooked(hops=lambda axis, layout: hops(seen, axis, layout))
+
+    def reach(part: str) -> None:
+        ledger.phase = part
+        if part == "backward":
+            log.end_forward()
+        else:
+            log.reach(part)
+
     with torch.compiler.set_stance("force_eager"), seen, around:
-        loss = training.forward(batch)
-        log.end_forward()
-        ledger.phase = "backward"
-        training.backward(loss)
-        ledger.phase = "optimizer"
-        log.reach("update")
-        training.update()
+        run_step(training, batches, reach, lambda: seen.counting(alike))
     options.kernel = kernel
     return Observed(list(ledger.entries.values()), counter.total, log.peaks(), log.after_forward)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,45 +12,44 @@ from conf.measurement import Step
 
 
 class Stopwatch:
-    """Times steps in laps. On CUDA nothing waits for the device until steps() is called, but before each step."""
+    """Times steps in named laps. On CUDA nothing but a step's start waits for the device before steps() does."""
 
     def __init__(self, device: str) -> None:
         self.on_gpu = device == "cuda"
-        self.marks: list[list] = []
+        self.marks: list[list[tuple[str, Any]]] = []
         self.cpu_ms: list[float] = []
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """One step; its last lap ends with it."""
+        """One step, which ends its last lap."""
         if self.on_gpu:
             torch.cuda.synchronize()
         self.marks.append([])
         started = time.process_time()
-        self.lap()
         yield
-        self.lap()
+        self.lap("")
         self.cpu_ms.append(1000 * (time.process_time() - started))
 
-    def lap(self) -> None:
+    def lap(self, name: str) -> None:
+        """One begins."""
         if self.on_gpu:
-            self.marks[-1].append(torch.cuda.Event(enable_timing=True))
-            self.marks[-1][-1].record()
+            mark: Any = torch.cuda.Event(enable_timing=True)
+            mark.record()
         else:
-            self.marks[-1].append(1000 * time.perf_counter())
+            mark = 1000 * time.perf_counter()
+        self.marks[-1].append((name, mark))
 
     def steps(self) -> list[Step]:
         if self.on_gpu:
             torch.cuda.synchronize()
-        return [
-            Step(
-                forward=self.between(marks[0], marks[1]),
-                backward=self.between(marks[1], marks[2]),
-                optimizer=self.between(marks[2], marks[3]),
-                step=self.between(marks[0], marks[3]),
-                cpu=cpu,
-            )
-            for marks, cpu in zip(self.marks, self.cpu_ms, strict=True)
-        ]
+        return [self.summed(marks, cpu) for marks, cpu in zip(self.marks, self.cpu_ms, strict=True)]
+
+    def summed(self, marks: list[tuple[str, Any]], cpu: float) -> Step:
+        """Of the laps that have the same name."""
+        laps = dict.fromkeys(("forward", "backward", "optimizer"), 0.0)
+        for (name, begun), (_, ended) in pairwise(marks):
+            laps[name] += self.between(begun, ended)
+        return Step(**laps, step=self.between(marks[0][1], marks[-1][1]), cpu=cpu)
 
     def between(self, first: Any, second: Any) -> float:
         return first.elapsed_time(second) if self.on_gpu else second - first

@@ -18,9 +18,10 @@ class Task:
     @property
     def processes(self) -> int:
         """How many run at the same time on this machine's cores."""
+        launch, world_size = self.config.launch, self.config.world_size
         if self.config.mode != "real":
             return 1
-        return min(self.config.world_size, self.config.launch.ranks_per_host or self.config.world_size)
+        return min(world_size, launch.ranks_per_host or world_size) if launch.name == "torchrun" else world_size
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ def unlike_ranks(config: Config) -> list[int]:
     """
     mesh, model = vars(config.mesh), config.model
     last = {
-        "dp": config.batch_size > mesh["dp"] and config.batch_size % mesh["dp"] > 0,
+        "dp": config.micro_batch_size > mesh["dp"] and config.micro_batch_size % mesh["dp"] > 0,
         "ring": True,
         "ulysses": False,
         "tp": any(size % mesh["tp"] for size in (model.vocab_size, model.ffn_dim)),

@@ -30,6 +30,7 @@ from bench.simulation.emulated import stand_for
 from bench.simulation.simulate import simulate
 from bench.workloads.attention import AttentionAlone
 from bench.workloads.build import build
+from bench.workloads.step import run_step
 from bench.workloads.training import PRECISIONS, Training
 from conf.keys import Config
 from conf.measurement import Rank
@@ -136,7 +137,7 @@ def run_steps(task: Task, progress: Callable[[str], None]) -> Rank:
     on_gpu = config.device == "cuda"
     made_up = config.mode != "real" or task.silent  # what others would have sent, and so the loss
     rank = dist.get_rank() if dist.is_initialized() else 0
-    workload, batch_of = build(config)
+    workload, batches_of = build(config)
     watch = Stopwatch(config.device)
     shares: list[torch.Tensor] = []
     token_shares: list[float] = []
@@ -145,21 +146,17 @@ def run_steps(task: Task, progress: Callable[[str], None]) -> Rank:
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     for step in range(total):
-        batch = batch_of(step)
+        batches = batches_of(step)
         if config.world_size > 1:
             dist.barrier()
         with watch.step():
-            result = workload.forward(batch)
-            watch.lap()
-            workload.backward(result)
-            watch.lap()
-            workload.update()
+            results = run_step(workload, batches, watch.lap)
         if isinstance(workload, AttentionAlone):
             workload.time_the_whole()
         else:
-            shares.append(result.detach())
-            token_shares.append(batch.share)
-            labels = batch.labels_by_weight() if step == 0 else labels
+            shares.append(torch.stack(results).sum())
+            token_shares.append(sum(batch.share for batch in batches))
+            labels = labels or min((batch.labels_by_weight() for batch in batches if batch.n_own), default=0)
         progress(f"step {step + 1}/{total}")
     found: dict[str, Any] = {"steps": watch.steps()[config.warmup :]}
     if isinstance(workload, AttentionAlone):
@@ -172,11 +169,11 @@ def run_steps(task: Task, progress: Callable[[str], None]) -> Rank:
     if isinstance(workload, Training) and config.save_path is not None and not made_up:
         save(workload, config, rank)
     if config.profile and not task.silent:
-        trace(workload, batch, Path(task.traces) / f"trace_rank{rank}.json")
+        trace(workload, batches, Path(task.traces) / f"trace_rank{rank}.json")
     if isinstance(workload, AttentionAlone) and not made_up:
         found["errors"] = workload.errors()
     progress("counting")
-    observed = observe(workload, batch, MemoryLog(config.device, workload.state()))
+    observed = observe(workload, batches, MemoryLog(config.device, workload.state()))
     device_name = torch.cuda.get_device_name() if on_gpu else machine.cpu_name()
     counted = measured(observed, device_name=device_name, **found)
     if allocated is not None:  # the real allocator's peak includes what kernels take inside themselves

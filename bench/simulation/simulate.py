@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from bench.instruments.memory import MemoryLog
-from bench.instruments.observe import Instruments, Observed, Workload, all_hops, observe
+from bench.instruments.observe import Instruments, Observed, all_hops, observe
 from bench.simulation.fake import RememberingFakeMode
 from bench.workloads.build import build_attention, build_strategy, build_training
+from bench.workloads.step import Workload
 from bench.workloads.training import Batch
 from conf.keys import Config
 from conf.measurement import Entry, Peak
@@ -82,7 +83,7 @@ def step_of(config: Config, n_layers: int) -> Observed:
             workload, batch = build_attention(config, strategy), None
     else:
         workload = training = build_training(config, strategy)  # on the meta device
-        tokens = torch.zeros((), dtype=torch.int64).expand(config.batch_size, config.seq_len)
+        tokens = torch.zeros((), dtype=torch.int64).expand(config.micro_batch_size, config.seq_len)
         placed = training.place(tokens, tokens)
         parts: dict[str, Any] = {p: fake.from_tensor(getattr(placed, p)) for p in ("tokens", "labels", "positions")}
         batch = replace(placed, **parts)
@@ -91,7 +92,8 @@ def step_of(config: Config, n_layers: int) -> Observed:
     with fake:
         log = MemoryLog("cpu", workload.state(), fake)
     tell_places(workload.model, log)
-    return observe(workload, batch, log, all_hops if config.full_depth else alike_once)
+    hops = all_hops if config.full_depth else alike_once
+    return observe(workload, [batch], log, hops, alike=config.micro_batches)
 
 
 def tell_places(model: nn.Module, log: MemoryLog) -> None:

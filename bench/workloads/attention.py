@@ -61,9 +61,12 @@ class AttentionAlone:
     def forward(self, batch: None = None) -> Tensor:
         return self.strategy.core_attention(*self.qkv)
 
-    def backward(self, out: Tensor) -> None:
+    def backward(self, out: Tensor, last: bool = True) -> None:
         if self.with_backward:
             out.backward(self.grad)
+
+    def finish(self) -> None:
+        """There is no model: no gradient is anybody else's, too."""
 
     def update(self) -> None:
         for t in self.qkv:
@@ -82,11 +85,11 @@ class AttentionAlone:
             q, k, v, grad = self.whole
             q, k, v = qkv = [t.detach().requires_grad_(self.with_backward) for t in (q, k, v)]
             with self.watch.step():
+                self.watch.lap("forward")
                 out = attend(q, k, v, self.strategy.options.kernel)
-                self.watch.lap()
+                self.watch.lap("backward")
                 if self.with_backward:
                     out.backward(grad)
-                self.watch.lap()
             torch.set_num_threads(threads)
             self.truth = self.results(out, qkv)
         if dist.is_initialized():

@@ -51,14 +51,14 @@ def build_attention(config: Config, strategy: Strategy) -> AttentionAlone:
     )
 
 
-def build(config: Config) -> tuple[Training | AttentionAlone, Callable[[int], Any]]:
-    """What runs, and what it runs on in a step; attention alone takes the same q, k and v every time."""
+def build(config: Config) -> tuple[Training | AttentionAlone, Callable[[int], list[Any]]]:
+    """What runs, and the micro-batches of a step; attention alone takes the same q, k and v every time."""
     strategy = build_strategy(config)
     if config.workload == "attention":
-        return build_attention(config, strategy), lambda step: None
+        return build_attention(config, strategy), lambda step: [None]
     training = build_training(config, strategy).load(initial_weights(config))
     source = data.load(config)
-    return training, lambda step: training.place(*global_batch(source, step, config))
+    return training, lambda step: training.micro_batches(*global_batch(source, step, config), config.micro_batches)
 
 
 def initial_weights(config: Config) -> Callable[[str, torch.Size], torch.Tensor]:

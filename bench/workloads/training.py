@@ -87,9 +87,14 @@ class Training:
         materialize(self.model, self.device, lambda name: whole(name, self.shapes[name]))
         return self
 
-    def place(self, tokens: Tensor, labels: Tensor) -> Batch:
-        """This rank's part of a global batch of whole sequences, tokens and labels [B, S]."""
+    def micro_batches(self, tokens: Tensor, labels: Tensor, n: int) -> list[Batch]:
+        """This rank's part of each of n equal parts of a global batch, tokens and labels [B, S]."""
         n_valid = int((labels != IGNORED).sum())
+        return [self.place(*part, n_valid) for part in zip(tokens.chunk(n), labels.chunk(n), strict=True)]
+
+    def place(self, tokens: Tensor, labels: Tensor, n_valid: int | None = None) -> Batch:
+        """This rank's part of whole sequences, tokens and labels [B, S]: a global batch, or one with n_valid labels."""
+        n_valid = int((labels != IGNORED).sum()) if n_valid is None else n_valid
         positions = torch.arange(tokens.shape[1])[None]
         start, stop = self.mesh.dp.span(len(tokens))
         tokens, labels = tokens[start:stop], labels[start:stop]
@@ -104,8 +109,13 @@ class Training:
         """This rank's share of the loss: the shares of the ranks along the zero axis add up to it."""
         return self.model(batch.tokens, batch.labels, batch.positions) / batch.n_valid
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Gradients add up until the last micro-batch of a step has been here."""
         loss.backward()
+        if last:
+            self.finish()
+
+    def finish(self) -> None:
         finish_gradients(self.model)
 
     @torch.no_grad()
