@@ -233,9 +233,11 @@ def answers(sweep: Sweep) -> list[str]:
             f"{size(large.peak_bytes)}."
         )
         if rows.capacity_bytes.notna().any():
-            capacity = rows.capacity_bytes.max()
-            fit = rows[rows.peak_bytes <= capacity]
-            said.append(f"Of {len(rows)} configurations there, {len(fit)} fit into {size(capacity)}.")
+            fit, tight = (rows[rows.fits == word] for word in ("ok", "tight"))
+            said.append(
+                f"Of {len(rows)} configurations there, {len(fit) + len(tight)} fit into "
+                f"{size(rows.capacity_bytes.max())}, {len(tight)} of them with less than a tenth to spare."
+            )
     senders = rows[rows.comm_bytes > 0].sort_values("comm_bytes")
     if len(senders):
         least, most = senders.iloc[0], senders.iloc[-1]

@@ -79,6 +79,22 @@ def capacity(measured: Measured) -> int | None:
     return int(cluster.mem_gb * 2**30) if cluster else None
 
 
+def context(measured: Measured) -> int | None:
+    cluster = measured.config.cluster
+    return int(cluster.context_gb * 2**30) if cluster else None
+
+
+TIGHT = 0.9  # of the capacity: published runs that held more were slow, or failed
+
+
+def fits(measured: Measured) -> str | None:
+    """How the fullest rank, with its context, fits into the cluster's GPU."""
+    has, held = capacity(measured), measured.fullest.peak.total + (context(measured) or 0)
+    if has is None:
+        return None
+    return "oom" if held > has else "tight" if held > TIGHT * has else "ok"
+
+
 def on_hosts(what: Callable[[Host], Any]) -> Callable[[Measured], str | None]:
     """What hosts say, each different answer once."""
 
@@ -192,6 +208,8 @@ MEASURED = [
     ),
     bytes_of("after_forward_bytes", "held when forward ends", lambda m: max(rank.after_forward for rank in m.ranks)),
     bytes_of("capacity_bytes", "memory of the cluster's GPU", capacity),
+    bytes_of("context_bytes", "of it, what a process holds before it begins, beside the peak", context),
+    Column("fits", "", "peak and context: ok, tight (over 90 % of the capacity) or oom", fits, "fits", "{}", holds=str),
     Column("max_seq_len", "tokens", "of search=max_seq_len: the longest that fits", head="longest", form="{:,}"),
     # Bytes sent: of the busiest rank in a step, by the bandwidth-optimal algorithm of each collective.
     bytes_of("comm_bytes", "in all, the sum of comm.csv", lambda m: m.sent(), "sent MiB", "{:,.2f}"),

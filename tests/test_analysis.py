@@ -433,7 +433,7 @@ def test_scaling_exposed_communication_and_the_end_of_memory_are_drawn_where_the
     """The same records as if there had been more: twice the ranks, a column more, a length that did not fit."""
     for n, record in enumerate(r for r in records_of(sweep) if r["strategy"] == "ulysses" and r["status"] == "ok"):
         record["exposed_comm_ms"] = 0.3 * record["step_ms_median"]
-        record["capacity_bytes"] = 2**30
+        record |= {"capacity_bytes": 2**30, "context_bytes": 2**20, "fits": "ok"}
         (sweep / record["run_id"] / "record.json").write_text(json.dumps(record))
         for kind in ("more ranks", "out of memory"):
             other = {**record, "run_id": f"{kind[:4]}{n}"}

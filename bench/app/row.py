@@ -117,10 +117,11 @@ def fit(config: Config, row: Row, launcher: Launcher) -> Row:
     """Does the simulated rank fit into its GPU, and, if that is asked, up to which sequence would it?"""
     if config.mode != "simulate" or config.cluster is None:
         return {}
-    capacity, peak = row["capacity_bytes"], row["peak_bytes"]
+    peak, room = row["peak_bytes"], row["capacity_bytes"] - row["context_bytes"]
     status, reason = row["status"], row["reason"]
-    if peak > capacity:
-        have = f"the fullest rank holds {gib(peak)} and a {config.cluster.name} has {gib(capacity)}"
+    if row["fits"] == "oom":
+        has = f"{gib(row['capacity_bytes'])}, of which {gib(row['context_bytes'])} is taken before it begins"
+        have = f"the fullest rank holds {gib(peak)} and a {config.cluster.name} has {has}"
         status, reason = "oom", joined(have, reason)
     if config.search == "none":
         return {"status": status, "reason": reason}
@@ -132,7 +133,7 @@ def fit(config: Config, row: Row, launcher: Launcher) -> Row:
         return max(rank.peak.total for rank in outcome.ranks)
 
     try:
-        found = longest(config, capacity, peak_of)
+        found = longest(config, room, peak_of)
     except RuntimeError as error:
         return {"status": "error", "reason": str(error)}
     said = f"seq_len={found} is the longest that fits" if found else "no sequence is short enough to fit"

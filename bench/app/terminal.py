@@ -58,7 +58,7 @@ def cells(row: Row, among: Sequence[Key]) -> dict[str, str]:
         if column.head and column.in_terminal:
             found[column.head] = column.text(row)
             if column.name == "peak_bytes" and row.get("peak_bytes") and row.get("capacity_bytes"):
-                found["of memory"] = f"{row['peak_bytes'] / row['capacity_bytes']:.0%}"
+                found["of memory"] = f"{(row['peak_bytes'] + row['context_bytes']) / row['capacity_bytes']:.0%}"
     if row.get("losses"):
         ends = (row["losses"][0], row["losses"][-1])
         found["loss"] = " → ".join("not finite" if loss is None else f"{loss:.4f}" for loss in ends)
