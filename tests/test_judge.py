@@ -164,6 +164,12 @@ def test_a_wrong_attention_of_one_rank_is_found(case: str, direction: str, row_o
     assert row["reason"].endswith(f"farthest on rank {broken_rank(case)}")
 
 
+def test_the_reference_of_any_kernel_is_right_on_every_rank(row_of):
+    """Where every query head has a kv head of its own, math's output lies in memory heads first."""
+    row = row_of("strategy=zero", None, "workload=attention", "attention.kernel=math", "model.n_kv_heads=4")
+    assert (row["status"], row["reason"]) == ("ok", "")
+
+
 def ranks_of(*measured: dict) -> list[Rank]:
     """Ranks that counted nothing, whose first step had 100 labels."""
     nothing = {"comm": [], "flops": 0, "peak": Peak(), "after_forward": 0, "device_name": None, "backend": ""}

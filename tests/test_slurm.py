@@ -85,7 +85,7 @@ def test_it_can_be_tried_out_on_one_machine(tmp_path):
     """A configuration that cannot be ends as a row, and the job as the sweep does."""
     command = submitted(tmp_path, *TWO_HOSTS, "mesh.ulysses=16", "launch.executor=local")
     try:
-        assert command.wait(300) == 1
+        assert command.wait(120) == 1
     finally:
         command.kill()
     said = (tmp_path / "said").read_text()

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from bench.app.interrupts import heed, leave
 from bench.app.job import Job
-from bench.app.launchers import submit
+from bench.app.launchers import dismiss, submit
 from bench.ranks.task import HostLost
 from conf import compose
 from conf.files import FileFault
@@ -52,7 +52,19 @@ ASK = (
 
 
 def run() -> None:
-    """Run what the command line says. Ends the process with 1 where nothing ended well."""
+    """Run what the command line says. Ends the process with 1 where nothing ended well; all hosts' alike."""
+    code = 1
+    try:
+        run_words()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+        raise
+    finally:
+        dismiss(code)
+
+
+def run_words() -> None:
     heed()
     compose.register()
     ConfigStore.instance().store(name="bench", node=HYDRA)

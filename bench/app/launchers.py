@@ -4,13 +4,14 @@ elsewhere by Slurm."""
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from bench.ranks.launch import Progress, interrupted, launch, start_server
 from bench.ranks.task import Outcome, Task
 from conf.keys import Config
 from conf.words import Invalid
 
+led: list[Any] = []  # the hosts that follow this one: at most one bench.ranks.hosts.Hosts
 Launch = Callable[[Task, Progress], Outcome]
 
 
@@ -35,9 +36,12 @@ def launching(config: Config) -> Iterator[Launch]:
 
     hosts = Hosts(config)
     if hosts.number > 0:
-        hosts.follow()
-        sys.exit(0)
-    try:
-        yield hosts.launch
-    finally:
-        hosts.dismiss()
+        sys.exit(hosts.follow())
+    led.append(hosts)
+    yield hosts.launch
+
+
+def dismiss(code: int) -> None:
+    """End the hosts that follow this one as it ends itself: torchrun would wait for those that did not fail as well."""
+    while led:
+        led.pop().dismiss(code)

@@ -92,27 +92,28 @@ class Hosts:
 
     # What a follower does.
 
-    def follow(self) -> None:
-        """Run this host's share of what the first host launches, until it says that there is no more.
+    def follow(self) -> int:
+        """Run this host's share of what the first host launches, until it says that there is no more -> how it ends.
 
         Raises HostLost where the first host is gone, and torchrun's store with it.
         """
         start_server()
         try:
-            self.follow_on()
+            return self.follow_on()
         except (dist.DistNetworkError, dist.DistStoreError):
             raise HostLost(f"host {self.names[0]}: it no longer answers") from None
 
-    def follow_on(self) -> None:
-        while (task := self.next_task()) is not None:
+    def follow_on(self) -> int:
+        while isinstance(task := self.next_task(), Task):
             outcome, _ = self.run_share(self.tasks, task, lambda text: None, lambda ranks: self.called_off())
             self.store.set(f"{self.tasks}/end/{self.number}", pickle.dumps(outcome))
             while self.called_off() is None:
                 pause()
             self.tasks += 1
         self.store.set(f"bye/{self.number}", "")
+        return task
 
-    def next_task(self) -> Task | None:
+    def next_task(self) -> Task | int:
         while not self.is_set(f"{self.tasks}/task"):
             pause()
         return pickle.loads(self.store.get(f"{self.tasks}/task"))
@@ -143,9 +144,9 @@ class Hosts:
         outcome.seconds = round(clock.so_far, 3)
         return outcome
 
-    def dismiss(self) -> None:
-        """Tell the others that there is no more."""
-        self.store.set(f"{self.tasks}/task", pickle.dumps(None))
+    def dismiss(self, code: int) -> None:
+        """Tell the others that there is no more, and with which code all hosts end."""
+        self.store.set(f"{self.tasks}/task", pickle.dumps(code))
         until = time.monotonic() + LOST_S
         there = [host for host in range(1, self.count) if self.names[host] != self.lost]
         while time.monotonic() < until and not all(self.is_set(f"bye/{host}") for host in there):

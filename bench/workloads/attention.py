@@ -112,6 +112,7 @@ class AttentionAlone:
             if name in ("grad of k", "grad of v") and sharing.size > 1:
                 dist.all_reduce(mine := mine.float(), group=sharing.group)
             whole = self.truth[name].float() if self.truth else torch.empty(self.shapes[name], device=self.device)
+            whole = whole.contiguous()  # a broadcast sends memory as it lies, and kernels leave theirs in any order
             if dist.is_initialized():
                 dist.broadcast(whole, 0)
             errors[name] = rms(mine.double() - self.part(whole).double()) / rms(whole.double())
