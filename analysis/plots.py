@@ -188,10 +188,8 @@ def memory_parts(sweep: Sweep) -> Figure:
     sizes = {part: rows[f"{part.removesuffix('s')}_bytes"].to_numpy(dtype=float) / unit for part in PARTS}
     figure, ax = stacked(rows, {part: (sizes[part], shade) for part, shade in PARTS.items()})
     if rows.capacity_bytes.notna().any():
-        room = (rows.capacity_bytes - rows.context_bytes).max() / unit
-        ax.axvline(
-            room, color="#b00000", linestyle="--", label=f"capacity less what is taken before: {room:.1f} {name}"
-        )
+        room = (rows.capacity_bytes - rows.context_bytes.fillna(0)).max() / unit
+        ax.axvline(room, color="#b00000", linestyle="--", label=f"capacity less context, {room:.1f} {name}")
     ax.set_xlabel(f"peak memory of the fullest rank ({name})")
     ax.set_title(f"What fills the memory at seq_len={int(rows.seq_len.iloc[0]):,}{left_out}", loc="left")
     legend_below(ax, rows)
