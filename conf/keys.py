@@ -165,8 +165,7 @@ class ClusterConfig:
     device_names: list[str] = key(MISSING, "as the driver calls it, in part")
     bf16_dense_tflops: float = key(MISSING, "dense 16-bit peak, TFLOP/s", above=0, most=10**6)
     mem_gb: float = key(MISSING, "memory, GiB", above=0, most=10**6)
-    # Of CUDA, its kernels and NCCL's buffers: 1 to 2 GB (Tazi et al. 2025, The Ultra-Scale Playbook, on memory usage).
-    context_gb: float = key(1.5, "of it, GiB that a process holds before it begins", least=0, most=10**6)
+    context_gb: float = key(MISSING, "of it, GiB that a process holds before it begins", least=0, most=10**6)
     hbm_gbps: float = key(MISSING, "memory bandwidth, GB/s", above=0, most=10**6)
     intra_kind: str = key(MISSING, "links inside a node")
     intra_uni_gbps_per_gpu: float = key(MISSING, "their bandwidth, GB/s", above=0, most=10**6)
