@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # ./run.sh        set up, run the sweep `quickstart`, write its report: runs/quickstart/report/index.html
 # ./run.sh test   set up, check style and types, run the tests; ./run.sh test quick: those that take 90 seconds in all
+#                 ./run.sh test faults: 200 faults into sweeps and 50 kills of them, about an hour, not part of the tests
 # ./run.sh peers  set up, install the libraries that ours are raced against, race them, write the report: runs/peers/report/
 # ./run.sh gpu    with the Python and torch that are already here: the CUDA tests and the sweeps that time one GPU
 set -euo pipefail
@@ -46,6 +47,9 @@ case "${1:-quickstart}" in
         ;;
     test)
         set_up
+        if [ "${2:-}" = faults ]; then
+            exec python -m tests.faults.campaign "${@:3}"
+        fi
         find_browser
         ruff check .
         ruff format --check .

@@ -138,6 +138,14 @@ def test_last_words_are_in_the_row(words, oom, said):
     assert said in failure.message
 
 
+def test_who_died_is_not_the_thread_beside_it():
+    stack = "Fatal Python error: Aborted\n\nThread 0x1 (most recent call first):\n"
+    stack += '  File "selectors.py", line 415 in select\n\nCurrent thread 0x2 (most recent call first):\n'
+    stack += '  File "training.py", line 9 in update\n\nExtension modules: torch._C (total: 1)\n'
+    failure = ends.last_words(-signal.SIGABRT, stack, killed_for_memory=False)
+    assert failure.message == "the process was killed by SIGABRT in update (training.py:9)"
+
+
 def test_the_kernels_kill_for_memory_is_oom():
     assert ends.last_words(-signal.SIGKILL, "", killed_for_memory=True).oom
     assert not ends.last_words(-signal.SIGKILL, "", killed_for_memory=False).oom

@@ -38,6 +38,7 @@ class Pair:
         folder.mkdir(exist_ok=True)
         arguments = ["--nnodes=2", "--nproc-per-node=1", f"--max-restarts={self.restarts}", "--rdzv-backend=c10d"]
         arguments += [f"--rdzv-endpoint={self.endpoint}", "--local-addr=127.0.0.1", "-m", self.module]
+        arguments[:0] = [f"--rdzv-conf=is_host={int(name == 'a')}"]  # torchrun's store, which must outlive the other
         environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT),

@@ -14,7 +14,8 @@ def speak_through_another() -> None:
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE).stdin as said:
         for stream in (1, 2):
             os.dup2(said.fileno(), stream)
-    sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 (open as long as the process)
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
 
 
 if __name__ == "__main__":

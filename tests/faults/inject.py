@@ -27,7 +27,7 @@ LITTLE = 256 * 2**20
 
 
 class Plan:
-    """The faults of a sweep on disk; began, reached and struck are files there, of which each is written once."""
+    """The faults of a sweep on disk, and beside them which configurations began, and which faults struck."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -40,8 +40,18 @@ class Plan:
         found = json.loads((self.folder / "plan.json").read_text())
         return {configuration: Fault(**fault) for configuration, fault in found.items()}
 
+    def begin(self, configuration: str) -> None:
+        """A rank does."""
+        with open(self.folder / "began", "a") as began:
+            began.write(f"{time.time()} {configuration}\n")
+
+    def next_after(self, moment: float) -> float | None:
+        """When the first rank after that moment began."""
+        lines = (self.folder / "began").read_text().splitlines() if (self.folder / "began").exists() else []
+        return min((when for line in lines if (when := float(line.split()[0])) > moment), default=None)
+
     def mark(self, word: str, configuration: str) -> None:
-        """When, and by whom; whole as soon as it is there."""
+        """It is reached, or struck: when, and in which process; whole as soon as it is there."""
         file = self.folder / f"{word}.{configuration}"
         before = file.with_name(f".{file.name}.{os.getpid()}")
         before.write_text(f"{time.time()} {os.getpid()}")
@@ -61,7 +71,7 @@ def rank_main(rank: int, task: Task, meeting: Meeting, folder: str, pipe: Connec
 
     plan, config = Plan(Path(os.environ[FOLDER])), task.config
     configuration = named(config.strategy.name, config.seed, config.timeout_s)
-    plan.mark("began", configuration)
+    plan.begin(configuration)
     fault = plan.read().get(configuration)
     if fault is not None and plan.marked("struck", configuration) is None:
         if fault.outside:
@@ -102,13 +112,13 @@ class Faulty:
         worker.join, worker.build = joining, building
 
     def phase(self, phase: str, inner: Callable) -> Callable:
-        def outer(*arguments: Any) -> Any:
+        def outer(*arguments: Any, **named: Any) -> Any:
             if self.fault.kind == "wrong shape" and self.is_now(phase):
                 self.plan.mark("struck", self.configuration)
                 with halved():
-                    return inner(*arguments)
+                    return inner(*arguments, **named)
             self.at(phase)
-            return inner(*arguments)
+            return inner(*arguments, **named)
 
         return outer
 

@@ -5,6 +5,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from conf.meshes import STRATEGIES
 from tests.faults import left
 from tests.faults.inject import Plan
@@ -38,11 +40,13 @@ def run(launcher: str, kills: int, folder: Path, dice: random.Random) -> Killed:
     try:
         command.start()
         for _ in range(kills):
-            if kill(command, report, finished, dice):
-                struck = time.time()
-                check_after(command, report, finished)
-                command.until(lambda since=struck: began_since(plan, since) or command.is_over())
-                report.seconds += [when - struck for when in sorted(began_since(plan, struck))[:1]]
+            if (writer := kill(command, report, finished, dice)) is None:
+                break
+            struck = time.time()
+            check_after(command, report, finished)
+            command.until(lambda before=writer: goes_on(command, plan, before) or command.is_over())
+            if (began := goes_on(command, plan, writer)) is not None:
+                report.seconds.append(began - struck)
         command.until(lambda: looked_at(command, report, finished) and command.is_over())
         report.left = left.left(folder, command.shared_memory)
         judge(report, sweep, command, finished)
@@ -53,8 +57,8 @@ def run(launcher: str, kills: int, folder: Path, dice: random.Random) -> Killed:
     return report
 
 
-def kill(command: Command, report: Killed, finished: dict[Path, bytes], dice: random.Random) -> bool:
-    """Kill the writer at a random moment, looking at its table meanwhile -> was there still one?"""
+def kill(command: Command, report: Killed, finished: dict[Path, bytes], dice: random.Random) -> psutil.Process | None:
+    """Kill the writer at a random moment, looking at its table meanwhile -> it; None if all was over."""
     rows = 0 if dice.random() < STARTING else len(command.rows()) + 1
     wait_s = dice.uniform(0, SOON_S)
     command.until(lambda: (looked_at(command, report, finished) and len(finished) >= rows) or command.is_over())
@@ -62,12 +66,11 @@ def kill(command: Command, report: Killed, finished: dict[Path, bytes], dice: ra
     command.until(lambda: looked_at(command, report, finished) and time.monotonic() > until)
     command.until(lambda: command.leader() or command.is_over())
     writer = command.leader()
-    if writer is None:
-        return False
-    looked_at(command, report, finished)
-    writer.kill()
-    report.kills += 1
-    return True
+    if writer is not None:
+        looked_at(command, report, finished)
+        writer.kill()
+        report.kills += 1
+    return writer
 
 
 def looked_at(command: Command, report: Killed, finished: dict[Path, bytes]) -> bool:
@@ -93,9 +96,10 @@ def check_after(command: Command, report: Killed, finished: dict[Path, bytes]) -
     command.start()
 
 
-def began_since(plan: Plan, since: float) -> list[float]:
-    began = [plan.marked("began", file.name.partition(".")[2])[0] for file in plan.folder.glob("began.*")]
-    return [when for when in began if when > since]
+def goes_on(command: Command, plan: Plan, before: psutil.Process) -> float | None:
+    """When the first rank of the next writer began, as soon as there is one."""
+    writer = command.leader()
+    return plan.next_after(writer.create_time()) if writer not in (None, before) else None
 
 
 def judge(report: Killed, sweep: Sweep, command: Command, finished: dict[Path, bytes]) -> None:

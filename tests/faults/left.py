@@ -51,8 +51,9 @@ def in_use(file: Path) -> bool:
 
 
 def temporary(folder: Path) -> list[Path]:
-    """What is there, but torch's cache of compiled kernels, which is for the next process, too."""
-    return [path for path in (folder / "tmp").iterdir() if not path.name.startswith("torchinductor_")]
+    """What is there, but torch's cache of compiled kernels, which is for the next process, and torchrun's own logs."""
+    torchs = ("torchinductor_", "torchelastic_")
+    return [path for path in (folder / "tmp").iterdir() if not path.name.startswith(torchs)]
 
 
 def left(folder: Path, before: set[Path]) -> dict[str, int]:
