@@ -62,7 +62,7 @@ def test_a_requeued_job_goes_on_where_it_was(cluster, tmp_path):
     try:
         cluster.until(lambda: rows_of(tmp_path) or command.poll() is not None)
         before = rows_of(tmp_path)
-        cluster.ask("scontrol", "requeue", "1")
+        cluster.ask("scancel", "--signal=USR2", "1")  # as Slurm does when the time is nearly over: it is requeued
         cluster.until(lambda: command.poll() is not None)
     finally:
         command.kill()
