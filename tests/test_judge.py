@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from bench.app import judge, records
-from bench.app.row import run
+from bench.app.row import believed, run
 from bench.instruments import ledger
 from bench.instruments.flops import FlopCounter
 from bench.ranks.task import Outcome, Task
@@ -237,6 +237,26 @@ def timed(*ms: float, flops: int = 10**6) -> Measured:
     for each in rounds:
         each.ranks[0].flops = flops
     return Measured(config, rounds)
+
+
+@pytest.mark.parametrize(
+    ("measured", "said"),
+    [
+        ({"steps": [Step(1, 1, 1, 0, 1)]}, "the clock of rank 1 stood, or went back: "),
+        ({"steps": [Step(1, -1, 1, 3, 1)]}, "the clock of rank 1 stood, or went back: "),
+        ({"steps": [Step(1, 1, 1, math.inf, 1)]}, "the clock of rank 1 stood, or went back: "),
+        ({"peak": Peak()}, "rank 1 held 0 bytes at most, and its parts of that add up to 0"),
+        ({"peak": Peak(-3, other=-3)}, "rank 1 held -3 bytes at most, and its parts of that add up to -3"),
+        ({"peak": Peak(7, params=5)}, "rank 1 held 7 bytes at most, and its parts of that add up to 5"),
+    ],
+)
+def test_what_is_no_measurement_is_an_error_of_the_rank(measured: dict, said: str):
+    good, bad = ranks_of({}, {})
+    good = replace(good, steps=[Step(1, 1, 0, 3, 0)], peak=Peak(7, params=5, other=2))
+    assert believed(Outcome("ok", "", [good])).status == "ok"
+    outcome = believed(Outcome("ok", "", [good, replace(bad, **{"peak": good.peak, **measured})]))
+    assert outcome.status == "error"
+    assert outcome.reason.startswith(said)
 
 
 def test_more_flops_than_the_device_can_do_are_an_error():

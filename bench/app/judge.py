@@ -25,6 +25,18 @@ SIGMAS = 6  # how far a random number goes from its mean: further once in 10^9 t
 WEIGHT_STD = 0.02  # of a random initial matrix (bench/workloads/build.py)
 
 
+def broken(ranks: Sequence[Rank]) -> str | None:
+    """What is no measurement at all, before anything is computed from it."""
+    for rank in ranks:
+        for step in rank.steps:
+            if not (step.step > 0 and all(isfinite(ms) and ms >= 0 for ms in vars(step).values())):
+                return f"the clock of rank {rank.rank} stood, or went back: {step}"
+        total, parts = rank.peak.total, sum(vars(rank.peak).values()) - rank.peak.total
+        if not total == parts > 0:
+            return f"rank {rank.rank} held {total:,} bytes at most, and its parts of that add up to {parts:,}"
+    return None
+
+
 def faults(found: Measured) -> Iterator[str]:
     """What cannot be right, a sentence each, what tells most first."""
     for each in found.rounds:

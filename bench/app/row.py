@@ -77,17 +77,23 @@ def stays(row: Row, rerun: str, rounds: int) -> bool:
 def launched(config: Config, traces: str, launcher: Launcher, rounds: list[Round]) -> Outcome:
     """A round of a configuration, added to its rounds if it ended well."""
     task = Task(config, traces)
-    outcome = launcher(task, "")
+    outcome = believed(launcher(task, ""))
     if outcome.status != "ok":
         return outcome
     found = Round(outcome.ranks)
     if config.exposed_comm:
-        silent = launcher(replace(task, silent=True), "collectives return at once")
+        silent = believed(launcher(replace(task, silent=True), "collectives return at once"))
         if silent.status != "ok":
             return silent
         found.silent = silent.ranks
     rounds.append(found)
     return outcome
+
+
+def believed(outcome: Outcome) -> Outcome:
+    """An outcome, or what makes it none."""
+    fault = judge.broken(outcome.ranks)
+    return outcome if fault is None else Outcome("error", fault, [])
 
 
 def put_derived(resolved: Resolved, found: Measured) -> None:
