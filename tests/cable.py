@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from bench.workloads.step import run_step
+from bench.instruments.step import run_step
 from conf.keys import Config, LaunchConfig
 from conf.measurement import Entry, Peak, Rank
 from conf.meshes import Line

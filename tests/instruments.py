@@ -5,8 +5,8 @@ import torch
 import strategies
 from bench.instruments.memory import MemoryLog
 from bench.instruments.observe import Observed, observe
+from bench.instruments.step import run_step
 from bench.workloads.build import initial
-from bench.workloads.step import run_step
 from bench.workloads.training import PRECISIONS, Training
 from conf.keys import OptimConfig
 from conf.measurement import Entry, Peak

@@ -5,7 +5,7 @@ import json
 import socket
 import struct
 
-from bench.workloads.step import run_step
+from bench.instruments.step import run_step
 from tests import instruments
 from tests.cases import Case
 from tests.ranks import on_ranks

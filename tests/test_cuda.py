@@ -7,8 +7,8 @@ import torch
 
 from bench.app import sweep as app
 from bench.app.row import resolved_here
+from bench.instruments.step import run_step
 from bench.workloads.build import build
-from bench.workloads.step import run_step
 from strategies.ops.kernels import Math, pick_kernel
 from strategies.ops.ring_attention import merge
 from tests.jobs import job

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from analysis.accounts import account_of
 from analysis.accounts.letters import Letters
-from bench.workloads.step import run_step
+from bench.instruments.step import run_step
 from tests import instruments
 from tests.cases import Case, config_of
 from tests.ranks import on_ranks

@@ -13,7 +13,7 @@ from bench.instruments.flops import CountedKernel, FlopCounter
 from bench.instruments.instrument import Instrument
 from bench.instruments.ledger import Ledger
 from bench.instruments.memory import MemoryLog
-from bench.workloads.step import Workload, run_step
+from bench.instruments.step import Workload, run_step
 from conf.measurement import Entry, Peak
 from strategies.ops.hooks import every_hop, hooked
 from strategies.ops.mesh import Axis

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bench.workloads.step import Workload, run_step
+from bench.instruments.step import Workload, run_step
 
 BACKENDS = ("gloo:", "nccl:")  # how the names of their events begin
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from bench.instruments import machine
 from bench.instruments.memory import MemoryLog
 from bench.instruments.observe import Observed, observe
+from bench.instruments.step import run_step
 from bench.instruments.timing import Stopwatch
 from bench.instruments.trace import trace
 from bench.ranks import ends
@@ -30,7 +31,6 @@ from bench.simulation.emulated import stand_for
 from bench.simulation.simulate import simulate
 from bench.workloads.attention import AttentionAlone
 from bench.workloads.build import build
-from bench.workloads.step import run_step
 from bench.workloads.training import PRECISIONS, Training
 from conf.keys import Config
 from conf.measurement import Rank
@@ -78,7 +78,13 @@ def describe(error: BaseException) -> Failure:
     return Failure(f"{type(error).__name__}: {message}", out_of_memory, echo, said)
 
 
-ECHOES = ("onnection closed by peer", "onnection reset by peer", "Broken pipe")
+ECHOES = (
+    "onnection closed by peer",
+    "onnection reset by peer",
+    "onnection refused",
+    "connectFullMesh failed",
+    "Broken pipe",
+)
 
 
 def short_of_memory(message: str) -> bool:

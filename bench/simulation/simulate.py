@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from bench.instruments.memory import MemoryLog
 from bench.instruments.observe import Instruments, Observed, all_hops, observe
+from bench.instruments.step import Workload
 from bench.simulation.fake import RememberingFakeMode
 from bench.workloads.build import build_attention, build_strategy, build_training
-from bench.workloads.step import Workload
 from bench.workloads.training import Batch
 from conf.keys import Config
 from conf.measurement import Entry, Peak
