@@ -51,6 +51,15 @@ def hit_a_rank(blow: signal.Signals, *overrides: str) -> tuple[Outcome, list[psu
     return outcome, [process for process in struck if process.is_running()]
 
 
+def test_a_rank_that_comes_after_its_parent_has_ended_says_nothing(tmp_path, monkeypatch):
+    """Whoever is interrupted while the server imports torch has removed the folder before the rank is forked."""
+    served = []
+    monkeypatch.setattr(worker, "serve", lambda *arguments: served.append(arguments))
+    for folder in (tmp_path, tmp_path / "gone"):
+        launch.rank_main(0, None, None, str(folder), None)
+    assert [folder for *_, folder, _ in served] == [str(tmp_path)]
+
+
 @pytest.mark.parametrize("strategy", ["tp_sp", "ring", "ulysses"])
 def test_a_killed_rank_is_an_error_and_takes_the_others_along(strategy):
     outcome, left = hit_a_rank(signal.SIGKILL, f"strategy={strategy}")

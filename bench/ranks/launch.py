@@ -224,6 +224,8 @@ class Ranks:
 
 def rank_main(rank: int, task: Task, meeting: Meeting, folder: str, pipe: Connection) -> None:
     """The process of one rank; torch is imported there, not here."""
+    if not os.path.isdir(folder):  # the parent was asked to end while this process was on its way
+        return
     from bench.ranks import worker
 
     worker.serve(rank, task, meeting, folder, pipe)
