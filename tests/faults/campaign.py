@@ -6,6 +6,7 @@ What is not as it must be is said at once, and in the end the exit status is 1.
 import argparse
 import os
 import random
+import signal
 import statistics
 import sys
 import tempfile
@@ -31,12 +32,19 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50, help="how often the process that writes rows is killed")
     parser.add_argument("--seed", type=int, default=0, help="of the dice: which faults, where and when")
     asked = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="faults-") as folder, rooms.little_memory() as room:
         kinds = [kind for kind in KINDS if room or kind != "memory, cgroup"]
         if not room:
             console.print("memory, cgroup: skipped, for no control group can be made here; root on Linux can")
         os.environ[ROOM] = str(room)
-        struck, killed = campaign(asked.faults, kinds, asked.kills, asked.seed, Path(folder))
+        struck: list[strikes.Report] = []
+        killed: list[kills.Killed] = []
+        try:
+            campaign(asked.faults, kinds, asked.kills, asked.seed, Path(folder), struck, killed)
+        except KeyboardInterrupt:
+            console.print("interrupted; until then:")
     print_faults(struck)
     print_kills(killed)
     wrong = [sentence for report in (*struck, *killed) for sentence in report.wrong]
@@ -45,10 +53,16 @@ def main() -> None:
 
 
 def campaign(
-    faults: int, kinds: Sequence[str], n_kills: int, seed: int, folder: Path, worlds: Sequence[int] = (2, 4)
-) -> tuple[list[strikes.Report], list[kills.Killed]]:
-    """Every sweep of the plan, and then the kills, one after the other."""
-    sweeps, dealt = plan(faults, kinds, seed, worlds), dealt_kills(n_kills)
+    faults: int,
+    kinds: Sequence[str],
+    n_kills: int,
+    seed: int,
+    folder: Path,
+    struck: list[strikes.Report],
+    killed: list[kills.Killed],
+) -> None:
+    """Every sweep of the plan, and then the kills, one after the other; what became of each, as it is done."""
+    sweeps, dealt = plan(faults, kinds, seed), dealt_kills(n_kills)
     began = time.monotonic()
     done = 0
 
@@ -64,13 +78,12 @@ def campaign(
             console.print(f"    {sentence}", style="red")
         return report
 
-    struck = [one(str(sweep), lambda place, sweep=sweep: strikes.run(sweep, place)) for sweep in sweeps]
-    killed = []
+    for sweep in sweeps:
+        struck.append(one(str(sweep), lambda place, sweep=sweep: strikes.run(sweep, place)))
     for i, (launcher, n) in enumerate(dealt):
         dice = random.Random(f"{seed} {i}")
         what = f"{launcher} · {n} kills"
         killed.append(one(what, lambda place, each=(launcher, n), dice=dice: kills.run(*each, place, dice)))
-    return struck, killed
 
 
 def dealt_kills(n: int) -> list[tuple[str, int]]:
