@@ -18,7 +18,7 @@ from bench.ranks.task import Outcome, Task
 from bench.workloads.attention import AttentionAlone
 from bench.workloads.training import Training
 from conf.columns import MEASURED, measured
-from conf.measurement import Measured, Peak, Rank, Round, Step
+from conf.measurement import Entry, Measured, Peak, Rank, Round, Step
 from conf.resolve import resolve
 from tests.cases import sized
 from tests.jobs import job
@@ -245,16 +245,25 @@ def timed(*ms: float, flops: int = 10**6) -> Measured:
         ({"steps": [Step(1, 1, 1, 0, 1)]}, "the clock of rank 1 stood, or went back: "),
         ({"steps": [Step(1, -1, 1, 3, 1)]}, "the clock of rank 1 stood, or went back: "),
         ({"steps": [Step(1, 1, 1, math.inf, 1)]}, "the clock of rank 1 stood, or went back: "),
+        ({"steps": []}, "rank 1 has timed 0 of 1 steps and has losses of 1"),
+        ({"losses": [], "loss_shares": []}, "rank 1 has timed 1 of 1 steps and has losses of 0"),
+        ({"token_shares": [0.5, 0.5]}, "rank 1 has timed 1 of 1 steps and has losses of 1"),
+        ({"labels": 0}, "rank 1 has 0 labels"),
+        ({"comm": [Entry("forward", "p2p", "ring", 2, "", "", False, 1, 1, math.nan)]}, "rank 1 has sent bytes that"),
+        ({"rank": 0}, "2 ranks have measured, and they are not those of world_size=2"),
         ({"peak": Peak()}, "rank 1 held 0 bytes at most, and its parts of that add up to 0"),
         ({"peak": Peak(-3, other=-3)}, "rank 1 held -3 bytes at most, and its parts of that add up to -3"),
         ({"peak": Peak(7, params=5)}, "rank 1 held 7 bytes at most, and its parts of that add up to 5"),
     ],
 )
 def test_what_is_no_measurement_is_an_error_of_the_rank(measured: dict, said: str):
+    task = Task(resolve(job(*SMALL, "strategy=ring", "world_size=2", "steps=1", "warmup=0").config).config)
+    right = {"steps": [Step(1, 1, 0, 3, 0)], "peak": Peak(7, params=5, other=2), "labels": 1.0}
+    right |= {"losses": [5.5], "loss_shares": [2.7], "token_shares": [0.5]}
     good, bad = ranks_of({}, {})
-    good = replace(good, steps=[Step(1, 1, 0, 3, 0)], peak=Peak(7, params=5, other=2))
-    assert believed(Outcome("ok", "", [good])).status == "ok"
-    outcome = believed(Outcome("ok", "", [good, replace(bad, **{"peak": good.peak, **measured})]))
+    good, bad = replace(good, rank=0, **right), replace(bad, rank=1, **right)
+    assert believed(task, Outcome("ok", "", [good, bad])).status == "ok"
+    outcome = believed(task, Outcome("ok", "", [good, replace(bad, **measured)]))
     assert outcome.status == "error"
     assert outcome.reason.startswith(said)
 

@@ -65,13 +65,13 @@ def run() -> None:
 
 
 def run_words() -> None:
-    heed()
-    compose.register()
-    ConfigStore.instance().store(name="bench", node=HYDRA)
-    ConfigStore.instance().store(name="ours", node=OURS, package="_global_")
     words = [word for word in sys.argv[1:] if not word.startswith("-")]
     flags = [word for word in sys.argv[1:] if word.startswith("-")]
     try:
+        heed()
+        compose.register()
+        ConfigStore.instance().store(name="bench", node=HYDRA)
+        ConfigStore.instance().store(name="ours", node=OURS, package="_global_")
         if unknown := [flag for flag in flags if flag.partition("=")[0] not in (*SWEEP, *ASK)]:
             raise Invalid(f"there is no option {unknown[0]}{did_you_mean(unknown[0], (*SWEEP, *ASK))}")
         if set(flags) <= {*SWEEP}:  # else Hydra is asked about itself

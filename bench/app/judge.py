@@ -25,9 +25,21 @@ SIGMAS = 6  # how far a random number goes from its mean: further once in 10^9 t
 WEIGHT_STD = 0.02  # of a random initial matrix (bench/workloads/build.py)
 
 
-def broken(ranks: Sequence[Rank]) -> str | None:
-    """What is no measurement at all, before anything is computed from it."""
+def broken(config: Config, silent: bool, ranks: Sequence[Rank]) -> str | None:
+    """What is no measurement at all, before anything is computed from it. silent: what others sent was made up."""
+    if config.mode == "real" and sorted(rank.rank for rank in ranks) != list(range(config.world_size)):
+        return f"{len(ranks)} ranks have measured, and they are not those of world_size={config.world_size}"
+    timed = config.steps if config.mode != "simulate" else 0
+    has_loss = config.mode == "real" and config.workload == "step" and not silent
+    trained = config.warmup + config.steps if has_loss else 0
     for rank in ranks:
+        series = rank.losses, rank.loss_shares, rank.token_shares
+        if len(rank.steps) != timed or any(len(each) != trained for each in series):
+            return f"rank {rank.rank} has timed {len(rank.steps)} of {timed} steps and has losses of {len(rank.losses)}"
+        if not all(isfinite(entry.sent_bytes) and entry.sent_bytes >= 0 for entry in rank.comm):
+            return f"rank {rank.rank} has sent bytes that are no number"
+        if any(rank.token_shares[:1]) and not (isfinite(rank.labels) and rank.labels > 0):
+            return f"rank {rank.rank} has {rank.labels} labels"
         for step in rank.steps:
             if not (step.step > 0 and all(isfinite(ms) and ms >= 0 for ms in vars(step).values())):
                 return f"the clock of rank {rank.rank} stood, or went back: {step}"

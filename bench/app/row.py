@@ -77,12 +77,13 @@ def stays(row: Row, rerun: str, rounds: int) -> bool:
 def launched(config: Config, traces: str, launcher: Launcher, rounds: list[Round]) -> Outcome:
     """A round of a configuration, added to its rounds if it ended well."""
     task = Task(config, traces)
-    outcome = believed(launcher(task, ""))
+    outcome = believed(task, launcher(task, ""))
     if outcome.status != "ok":
         return outcome
     found = Round(outcome.ranks)
     if config.exposed_comm:
-        silent = believed(launcher(replace(task, silent=True), "collectives return at once"))
+        in_silence = replace(task, silent=True)
+        silent = believed(in_silence, launcher(in_silence, "collectives return at once"))
         if silent.status != "ok":
             return silent
         found.silent = silent.ranks
@@ -90,9 +91,9 @@ def launched(config: Config, traces: str, launcher: Launcher, rounds: list[Round
     return outcome
 
 
-def believed(outcome: Outcome) -> Outcome:
+def believed(task: Task, outcome: Outcome) -> Outcome:
     """An outcome, or what makes it none."""
-    fault = judge.broken(outcome.ranks)
+    fault = judge.broken(task.config, task.silent, outcome.ranks) if outcome.status == "ok" else None
     return outcome if fault is None else Outcome("error", fault, [])
 
 
