@@ -1,6 +1,9 @@
 """A sample of the campaign of faults: whole sweeps of which nothing is lost, whatever strikes them (tests/faults/)."""
 
 import random
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -26,16 +29,23 @@ def test_the_sample_has_every_kind():
     assert {launcher for launcher, _ in struck} == {"local", "torchrun"}
 
 
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """With a path short enough for the sockets in it."""
+    with tempfile.TemporaryDirectory(prefix="f-") as made:
+        yield Path(made) / "f"
+
+
 @pytest.mark.parametrize("sweep", SWEEPS, ids=str)
-def test_a_sweep_that_faults_strike_is_whole(sweep: Sweep, tmp_path):
-    report = strikes.run(sweep, tmp_path / "f")
+def test_a_sweep_that_faults_strike_is_whole(sweep: Sweep, folder: Path):
+    report = strikes.run(sweep, folder)
     assert report.wrong == []
     assert report.there == set(sweep.configurations)
     assert report.left == NOTHING
 
 
 @pytest.mark.parametrize("launcher", ["local", "torchrun"])
-def test_a_sweep_whose_parent_is_killed_goes_on(launcher, tmp_path):
-    report = kills.run(launcher, 1, tmp_path / "k", random.Random(launcher))
+def test_a_sweep_whose_parent_is_killed_goes_on(launcher: str, folder: Path):
+    report = kills.run(launcher, 1, folder, random.Random(launcher))
     assert report.wrong == []
     assert report.left == NOTHING
