@@ -3,6 +3,7 @@
 A process is one of them if its environment says so: that holds for whatever they start, and whoever its parent is now.
 """
 
+import os
 import time
 from collections import Counter
 from contextlib import suppress
@@ -36,7 +37,9 @@ def ports_of(processes: list[psutil.Process]) -> int:
 
 
 def shared_memory() -> set[Path]:
-    return set(SHARED_MEMORY.iterdir()) if SHARED_MEMORY.is_dir() else set()
+    """Of the whole machine: a file does not say whose it is, so beside other tests none is looked at."""
+    alone = "PYTEST_XDIST_WORKER" not in os.environ and SHARED_MEMORY.is_dir()
+    return set(SHARED_MEMORY.iterdir()) if alone else set()
 
 
 def in_use(file: Path) -> bool:
