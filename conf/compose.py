@@ -19,14 +19,13 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from conf import meshes
 from conf.groups import CHOSEN, HERE, OPEN, options, written
-from conf.keys import Config, RopeScaling, keys
+from conf.keys import HUGE, Config, RopeScaling, keys
 from conf.words import Invalid, did_you_mean, in_a_line, one_of
 
 REFUSED = (HydraException, OmegaConfBaseException, Invalid, AssertionError)  # the last is OmegaConf's of null sections
 MOST_SWEPT = 10_000  # configurations in a sweep
 LONGEST_WORD = 10_000  # of a command line, in characters
 PLUGINS = {"joblib": "hydra-joblib-launcher", "optuna": "hydra-optuna-sweeper"}  # of Hydra, which may not be here
-HUGE = 10**300  # OmegaConf makes floats of numbers, and these end soon after
 
 
 @cache

@@ -20,6 +20,8 @@ from conf.words import Invalid
 MISSING: Any = "???"  # as OmegaConf writes it: a preset or a checkpoint has the value
 MOST = 2**30  # of what no one has so many of
 MOST_RANKS = 2**20
+HUGE = 10**300  # what is larger becomes no float, in OmegaConf and in JSON's readers
+INITIAL_STD = 0.02  # of a random initial matrix
 PLACEMENTS = {  # the axes along which ranks are laid out, those whose neighbours are farthest apart first
     "ulysses_inner": ("dp", "ring", "ulysses", "tp"),
     "ring_inner": ("dp", "ulysses", "ring", "tp"),

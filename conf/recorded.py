@@ -7,14 +7,13 @@ from typing import Any
 
 from conf.columns import columns, described
 from conf.files import FileFault, read_json
-from conf.keys import MISSING, Config, keys, not_of
+from conf.keys import HUGE, MISSING, Config, keys, not_of
 from conf.resolve import check_value
 from conf.words import Invalid
 
 STATUSES = ("ok", "invalid", "oom", "timeout", "error")
 NEEDED = ("run_id", "status", "reason", "started_at", "strategy", "seq_len")
 NEEDED_IF_OK = ("config", "peak_bytes", "comm_bytes")
-FINITE = 1e300
 
 
 def read(file: Path) -> tuple[dict[str, Any], Config | None]:
@@ -65,5 +64,5 @@ def faults(record: Mapping, folder: str) -> Iterator[str]:
 def not_finite(value: Any) -> str | None:
     """JSON has no such numbers, Python's has; nor can one be shown that no float can be."""
     numbers = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-    finite = (-FINITE < number < FINITE for number in numbers if isinstance(number, (int, float)))
+    finite = (abs(number) < HUGE for number in numbers if isinstance(number, (int, float)))
     return None if all(finite) else "is not finite"

@@ -15,14 +15,13 @@ from omegaconf import OmegaConf
 
 from analysis.accounts import differences
 from conf.groups import HERE
-from conf.keys import Config, ModelConfig
+from conf.keys import INITIAL_STD, Config, ModelConfig
 from conf.measurement import Measured, Rank, worst
 from conf.meshes import place
 
 CLOSE = {"fp32": 1e-4, "bf16": 0.03, "bf16_mixed": 0.03}  # of two ways to compute the same
 SAME = 1e-4  # of two sums of the same numbers, which are fp32 in every precision
 SIGMAS = 6  # how far a random number goes from its mean: further once in 10^9 times
-WEIGHT_STD = 0.02  # of a random initial matrix (bench/workloads/build.py)
 
 
 def broken(config: Config, silent: bool, ranks: Sequence[Rank]) -> str | None:
@@ -124,7 +123,7 @@ def first_loss(model: ModelConfig, labels: float) -> tuple[float, float]:
     sum to 1 / labels. Tied embeddings add a logit that knows the token: s sqrt(dim) times the cosine of x and the
     token's embedding, in a residual stream to which every MLP adds ffn_dim s^4 / 4 times as much.
     """
-    s = WEIGHT_STD * sqrt(model.dim)
+    s = INITIAL_STD * sqrt(model.dim)
     even = log(model.vocab_size)
     slack = SIGMAS * s * (sqrt(min(1, exp(s**2) / model.vocab_size)) + 1 / sqrt(labels))
     low, high = even - slack, even + s**2 / 2 + slack

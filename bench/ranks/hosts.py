@@ -187,7 +187,7 @@ class Watch:
 
     def settle(self, own: Outcome) -> Outcome:
         """How the configuration ended, of how it ended here and elsewhere."""
-        if own.reason.startswith("host "):  # the news of another
+        if self.lost or any(own is end for end in self.ends.values()):  # it was the news of another that ended it here
             return own
         own = self.named(0, own)
         if own.status in ("error", "oom") and not own.echo:

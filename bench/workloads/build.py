@@ -10,7 +10,7 @@ import strategies
 from bench.workloads import data
 from bench.workloads.attention import AttentionAlone
 from bench.workloads.training import PRECISIONS, Training
-from conf.keys import Config
+from conf.keys import INITIAL_STD, Config
 from models import checkpoint
 from strategies.base import Options, Strategy
 from strategies.ops.kernels import pick_kernel
@@ -74,7 +74,7 @@ def initial(name: str, shape: torch.Size, seed: int, device: str) -> torch.Tenso
     if len(shape) == 1:
         return torch.ones(shape, device=device)
     generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-    return torch.empty(shape, device=device).normal_(0, 0.02, generator=generator)
+    return torch.empty(shape, device=device).normal_(0, INITIAL_STD, generator=generator)
 
 
 def global_batch(

@@ -124,7 +124,7 @@ class Training:
         if self.optimizer is None:
             self.optimizer = self.make_optimizer()
         shards = self.optimizer.param_groups[0]["params"]
-        for shard, (_, grad, _, _) in zip(shards, trained(self.model), strict=True):
+        for shard, grad in zip(shards, self.trained_gradients, strict=True):
             shard.grad = grad.to(shard.dtype)  # itself, unless it is kept in a narrower dtype
         if self.optim.grad_clip is not None:
             scale = (self.optim.grad_clip / (gradient_norm(self.model) + 1e-6)).clamp(max=1.0)
@@ -151,7 +151,9 @@ class Training:
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """AdamW over plain tensors, this rank's shards: it is elementwise, and needs nothing from DTensor."""
-        shards = [torch.nn.Parameter(weights) for weights, _, _, _ in trained(self.model)]
+        updated = list(trained(self.model))
+        shards = [torch.nn.Parameter(weights) for weights, _, _, _ in updated]
+        self.trained_gradients = [grad for _, grad, _, _ in updated]  # they stay where they are from step to step
         o = self.optim
         return torch.optim.AdamW(
             shards, lr=o.lr, betas=(o.betas[0], o.betas[1]), eps=o.eps, weight_decay=o.weight_decay, fused=True

@@ -229,6 +229,7 @@ def materialize(model: nn.Module, device: str, whole: Callable[[str], Tensor]) -
     for _, parameter, share in owned(model):
         if share.replicas:
             alike.setdefault((share.replicas, share.partial, share.ways), []).append((parameter, share))
+    model.with_masters = []  # parameters that have one of their own
     with torch.no_grad():
         model.replicas = [Replicas([parameter for parameter, _ in group], group[0][1]) for group in alike.values()]
         for name, parameter, share in owned(model):
@@ -245,6 +246,7 @@ def load(model: nn.Module, parameter: nn.Parameter, share: Share, values: Tensor
         part, where = replicas_of(model, parameter).master_of(parameter)
         part.copy_(values.flatten()[where])
     else:
+        model.with_masters.append(parameter)
         parameter.master = values.to(parameter.device, master_dtype, copy=True, memory_format=torch.contiguous_format)
         if grad_dtype != parameter.dtype:
             keep_gradient(parameter, torch.zeros_like(parameter.master, dtype=grad_dtype))
@@ -343,9 +345,8 @@ def publish_weights(model: nn.Module) -> None:
     """After the optimizer: masters become the weights that are used, and every rank's replicas the same again."""
     for replicas in model.replicas:
         replicas.publish()
-    for _, parameter, share in owned(model):
-        if share.wide and not share.replicas:
-            parameter.data.copy_(parameter.master)
+    for parameter in model.with_masters:
+        parameter.data.copy_(parameter.master)
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
