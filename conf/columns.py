@@ -278,7 +278,8 @@ WHERE_FROM = [
 def asked() -> Iterator[Column]:
     """A column for each key."""
     for key in keys().values():
-        yield Column(key.column, "", key.says, holds=dict if section_in(key.hint) else key.hint)
+        many = key.path == "cluster.clock"  # curves, for record.json alone
+        yield Column(key.column, "", key.says, in_csv=not many, holds=dict if section_in(key.hint) else key.hint)
 
 
 def columns() -> list[Column]:

@@ -175,6 +175,7 @@ class ClusterConfig:
     nic_uni_gbps_per_gpu: float | None = key(
         MISSING, "bandwidth between nodes, GB/s; null = unknown", above=0, most=10**6
     )
+    clock: dict[str, Any] | None = key(None, "how fast it is (conf/clock.py); null = unknown, no times")
 
 
 @dataclass

@@ -1,0 +1,130 @@
+"""How fast a cluster does what a step consists of: the values of its file's section `clock`, measured or published.
+
+Values alone: what runs when, and so how long a step takes, is told by two predictors that share nothing but these
+(bench/simulation/replay.py from the schedule as it was observed, analysis/predict.py from the accounts).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import inf, log
+from typing import Any
+
+from conf.keys import beyond, not_of
+from conf.words import Invalid, one_of
+
+COLLECTIVES = "all_gather", "reduce_scatter", "all_reduce", "all_to_all", "p2p"
+KERNELS = "other", "norm", "rotary", "swiglu", "merge", "optimizer", "copy"
+
+
+@dataclass(frozen=True)
+class Rate:
+    """How long work takes: max(floor_us, work / rate * (1 + (half / work) ** power)).
+
+    work is bytes or FLOPs. Of `half` of them the rate is half of what it is at most: with power 1 that is a start-up
+    time and a constant rate (Hockney 1994), with less a rate that grows more slowly with size, as NCCL's does.
+    """
+
+    rate: float  # at most, GB/s or GFLOP/s
+    half: float = 0.0  # bytes or FLOPs
+    power: float = 1.0
+    floor_us: float = 0.0
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Rates of one GPU, or of one rank on a CPU, and of its links."""
+
+    sources: str  # who measured, and how
+    products: Rate  # matrix products, by FLOPs
+    attention_forward: Rate  # its two products, by FLOPs of the scores that are visible
+    attention_backward: Rate  # its five
+    kernels: dict[str, Rate]  # by bytes read and written: `other`, and of KERNELS those that differ from it
+    intra: dict[str, dict[int, Rate]]  # inside a node: collective -> ranks -> by bytes that a rank sends
+    inter: dict[str, dict[int, Rate]] = field(default_factory=dict)  # across nodes: collective -> nodes -> likewise
+    exponentials: float | None = None  # of scores, billions a second, beside forward's products; None: within them
+    wave: int | None = None  # tiles of 128 x 256 that run at once: products take whole waves; None: no waves
+    call_us: float = 0.0  # the host's time for one operation: what runs shorter waits for it
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any] | None, cluster: str) -> "Clock":
+        """Of a cluster's file. Raises Invalid for one that has none, or not all that is needed."""
+        if values is None:
+            raise Invalid(
+                f"cluster={cluster}: its speeds were neither measured nor published, so no time can be told; "
+                "python -m bench -m sweep=calibrate on it, or cluster=h100 would do"
+            )
+        where = f"cluster={cluster}: clock"
+        found = dict(values)
+        for name in ("sources", "products", "attention_forward", "attention_backward", "kernels", "intra"):
+            if name not in found:
+                raise Invalid(f"{where}.{name} is missing")
+        for name in ("products", "attention_forward", "attention_backward"):
+            found[name] = rate(found[name], f"{where}.{name}")
+        found["kernels"] = rates(found["kernels"], KERNELS, f"{where}.kernels")
+        if "other" not in found["kernels"]:
+            raise Invalid(f"{where}.kernels.other is missing")
+        for tier in ("intra", "inter"):
+            links = found.get(tier) or {}
+            if not isinstance(links, Mapping):
+                raise Invalid(f"{where}.{tier} is no object")
+            found[tier] = {
+                named(kind, COLLECTIVES, f"{where}.{tier}"): by_size(of_kind, f"{where}.{tier}.{kind}")
+                for kind, of_kind in links.items()
+            }
+        for name in ("exponentials", "wave", "call_us"):
+            if (value := found.get(name)) is not None:
+                number(value, f"{where}.{name}", least=0)
+        unknown = [name for name in found if name not in cls.__dataclass_fields__]
+        if unknown:
+            raise Invalid(one_of(where, unknown[0], cls.__dataclass_fields__))
+        return cls(**found)
+
+    def kernel(self, name: str) -> Rate:
+        return self.kernels.get(name, self.kernels["other"])
+
+    def link(self, kind: str, ranks: int, nodes: int, cluster: str) -> Rate:
+        """Of a collective over so many ranks in so many nodes: as measured for the nearest size. Raises Invalid."""
+        tier, size = ("inter", nodes) if nodes > 1 else ("intra", ranks)
+        sizes = getattr(self, tier).get(kind)
+        if not sizes:
+            across = "across nodes" if nodes > 1 else "inside a node"
+            raise Invalid(f"cluster={cluster}: how fast {kind} is {across} was neither measured nor published")
+        return sizes[min(sizes, key=lambda known: abs(log(known / size)))]
+
+
+def rate(values: Any, where: str) -> Rate:
+    if not isinstance(values, Mapping) or "rate" not in values:
+        raise Invalid(f"{where} is no rate; {{rate: 100}} would do")
+    for name, value in values.items():
+        named(name, Rate.__dataclass_fields__, where)
+        number(value, f"{where}.{name}", **{"above" if name in ("rate", "power") else "least": 0})
+    return Rate(**values)
+
+
+def rates(values: Any, names: tuple[str, ...], where: str) -> dict[str, Rate]:
+    if not isinstance(values, Mapping):
+        raise Invalid(f"{where} is no object")
+    return {named(name, names, where): rate(each, f"{where}.{name}") for name, each in values.items()}
+
+
+def by_size(values: Any, where: str) -> dict[int, Rate]:
+    if not isinstance(values, Mapping) or not values:
+        raise Invalid(f"{where} names no sizes of groups")
+    found = {}
+    for size, each in values.items():
+        if not str(size).isdecimal() or int(size) < 1:
+            raise Invalid(f"{where}.{size}: {size} is no number of ranks")
+        found[int(size)] = rate(each, f"{where}.{size}")
+    return found
+
+
+def named(name: Any, names: Any, where: str) -> str:
+    if name not in names:
+        raise Invalid(one_of(where, name, names))
+    return str(name)
+
+
+def number(value: Any, where: str, least: float | None = None, above: float | None = None) -> None:
+    fault = not_of(float, value) or beyond({"least": least, "above": above, "most": inf}, value)
+    if fault:
+        raise Invalid(f"{where}={value} {fault}")
