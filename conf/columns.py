@@ -171,6 +171,12 @@ MEASURED = [
         "{:.1f}",
     ),
     clock(
+        "exposed_offload_ms",
+        "ms",
+        "of offload: what a step waits for copies to and from the host's memory",
+        lambda m: m.exposed_offload_ms,
+    ),
+    clock(
         "ideal_ms",
         "ms",
         "of workload=attention: one process' time for the whole, divided perfectly",
@@ -207,6 +213,7 @@ MEASURED = [
         lambda m: max((rank.reserved for rank in m.ranks if rank.reserved is not None), default=None),
     ),
     bytes_of("after_forward_bytes", "held when forward ends", lambda m: max(rank.after_forward for rank in m.ranks)),
+    bytes_of("host_bytes", "of offload, in the host's memory", lambda m: max(rank.host_bytes for rank in m.ranks)),
     bytes_of("capacity_bytes", "memory of the cluster's GPU", capacity),
     bytes_of("context_bytes", "of it, what a process holds before it begins, beside the peak", context),
     Column("fits", "", "peak and context: ok, tight (over 90 % of the capacity) or oom", fits, "fits", "{}", holds=str),

@@ -260,6 +260,11 @@ class Config:
         "what backward makes again: none | selective: norms and the MLP's product | block: all of a block",
         choices=("none", "selective", "block"),
     )
+    offload: str = key(
+        "none",
+        "of recompute=block: activations: the inputs of blocks wait in the host's memory (ALST)",
+        choices=("none", "activations"),
+    )
     compile: bool = key(False, "torch.compile of the norms, the rotation and the MLP's activation")
     mlp: MlpConfig = section(MlpConfig, "the MLPs in pieces")
     loss: LossConfig = section(LossConfig, "the loss in pieces")

@@ -52,6 +52,7 @@ class Step:
     optimizer: float
     step: float
     cpu: float
+    offload: float = 0.0  # of these, waited for copies to and from the host's memory
 
 
 @dataclass
@@ -96,6 +97,7 @@ class Rank:
         default_factory=list
     )  # of workload=attention, ms: a perfect division of one process' time
     errors: dict[str, float] = field(default_factory=dict)  # of workload=attention, relative to one process
+    host_bytes: int = 0  # at most, that wait in the host's memory
     reserved: int | None = None  # bytes, by CUDA's allocator
     foretold: bool = False  # of mode=simulate: were shallow models enough
     host: Host | None = None  # on which it ran
@@ -191,6 +193,13 @@ class Measured:
     @property
     def share_of_ideal(self) -> float | None:
         return median(map(operator.truediv, self.ideal, self.laps["step"])) if self.ideal else None
+
+    @property
+    def exposed_offload_ms(self) -> float | None:
+        """What the rank that waits longest waits in a step for copies to and from the host's memory."""
+        if self.config.offload == "none":
+            return None
+        return median(ms for each in self.rounds for ms in slowest(each.ranks, "offload"))
 
     @property
     def exposed_comm_ms(self) -> float | None:

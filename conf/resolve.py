@@ -36,6 +36,7 @@ def resolve(written: Config) -> Resolved:
         check_peer(resolved, peer)
     fill_model(config.model)
     fill_grad_dtype(config)
+    check_offload(config)
     meshes.fill(config)
     check_batch(resolved)
     return resolved
@@ -159,6 +160,15 @@ def fill_grad_dtype(config: Config) -> None:
         raise Invalid(
             f"grad_dtype={config.grad_dtype} is for precision=bf16_mixed, and precision={config.precision}, in which "
             "gradients are as the weights; null would do"
+        )
+
+
+def check_offload(config: Config) -> None:
+    """Is there something that can wait elsewhere?"""
+    if config.offload != "none" and config.recompute != "block":
+        raise Invalid(
+            f"offload={config.offload} moves the inputs of blocks, which are kept with recompute=block alone, and "
+            f"recompute={config.recompute}; recompute=block would do"
         )
 
 

@@ -11,6 +11,7 @@ Sources: Touvron et al. 2023 (Llama 2), Grattafiori et al. 2024 (Llama 3), Su et
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 from conf.keys import ModelConfig
+from models.offload import Offload
 from models.remade import Kept, Remade
 
 
@@ -175,7 +177,14 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One pre-norm transformer block: two residual additions, both sublayers run by the strategy."""
 
-    def __init__(self, config: ModelConfig, strategy: Strategy, recompute: str, mlp_chunks: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        strategy: Strategy,
+        recompute: str,
+        mlp_chunks: int,
+        around: Callable[[], AbstractContextManager],
+    ) -> None:
         super().__init__()
         self.made = Remade() if recompute == "selective" else Kept()
         self.attn_norm = RMSNorm(config.dim, config.norm_eps)
@@ -184,10 +193,12 @@ class Block(nn.Module):
         self.mlp = MLP(config, mlp_chunks, self.made)
         self.strategy = strategy
         self.recompute = recompute
+        self.around = around  # what is kept of a block that runs again
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         if self.recompute == "block":
-            return checkpoint(self.sublayers, x, rope, use_reentrant=False)
+            with self.around():
+                return checkpoint(self.sublayers, x, rope, use_reentrant=False)
         with self.made.around():
             return self.sublayers(x, rope)
 
@@ -235,7 +246,7 @@ class Llama(nn.Module):
 
     `strategy` answers what involves other ranks; `dtype` is the dtype of the activations (and of the weights as they
     are used). recompute: with `selective` norms' outputs and the MLPs' products are made again (remade.py), with
-    `block` each block keeps its input only and runs again. The MLPs and the loss run in `mlp_chunks` and `loss_chunks`
+    `block` each block keeps its input only and runs again, and with offload that waits in the host's memory. The MLPs and the loss run in `mlp_chunks` and `loss_chunks`
     pieces of the tokens that are here, one after the other.
     """
 
@@ -247,12 +258,16 @@ class Llama(nn.Module):
         recompute: str = "none",
         mlp_chunks: int = 1,
         loss_chunks: int = 1,
+        offload: str = "none",
     ) -> None:
         super().__init__()
         self.config = config
         self.dtype = dtype
         self.embed = Embed(config, strategy)
-        self.blocks = nn.ModuleList(Block(config, strategy, recompute, mlp_chunks) for _ in range(config.n_layers))
+        around = Offload().around if offload == "activations" else nullcontext
+        self.blocks = nn.ModuleList(
+            Block(config, strategy, recompute, mlp_chunks, around) for _ in range(config.n_layers)
+        )
         self.head = Head(config, strategy, loss_chunks)
         self.tie()
 

@@ -34,6 +34,7 @@ class Case:
     kv: str = "rotate"
     placement: str = "ulysses_inner"
     recompute: str = "none"
+    offload: str = "none"
     micro_batches: int = 1
     mlp_chunks: int = 1
     loss_chunks: int = 1
@@ -52,6 +53,7 @@ class Case:
         """How the model runs, as Training is told."""
         return {
             "recompute": self.recompute,
+            "offload": self.offload,
             "mlp_chunks": self.mlp_chunks,
             "loss_chunks": self.loss_chunks,
         }
@@ -78,6 +80,7 @@ class Case:
         variant = ("packed" if self.packed else "", heads, self.kv.removeprefix("rotate"))
         micro = f"micro batches {self.micro_batches}" if self.micro_batches > 1 else ""
         variant = (*variant, micro, self.recompute.removeprefix("none"), chunks)
+        variant = (*variant, "offload" if self.offload != "none" else "")
         inner = self.placement.removeprefix("ulysses_inner")
         return " ".join(part for part in (self.strategy, axes, layout, stage, *variant, inner) if part)
 
@@ -117,6 +120,9 @@ def cases(world_size: int) -> list[Case]:
         found += [Case("zero", dp=4, recompute="selective"), Case("ulysses", ulysses=4, recompute="selective")]
         found += [Case(name, dp=2, tp=2, recompute="selective") for name in ("tp", "tp_sp", "odysseus")]
         found += [Case("tp_usp", tp=2, ring=2, recompute="selective", mlp_chunks=2)]
+        away = {"recompute": "block", "offload": "activations"}
+        found += [Case("zero", dp=4, **away), Case("usp", ulysses=2, ring=2, mlp_chunks=2, loss_chunks=2, **away)]
+        found += [Case("tp", tp=4, **away), Case("tp_sp", dp=2, tp=2, **away), Case("odysseus", tp=2, ring=2, **away)]
     if n == 8:
         found += [Case("tp_usp", tp=2, ulysses=2, ring=2, layout=layout) for layout in LAYOUTS]
         found += [Case("usp", dp=2, ulysses=2, ring=2), Case("odysseus", dp=2, tp=2, ring=2)]
@@ -131,6 +137,7 @@ MICRO = [  # a batch in parts, one after the other
     Case("tp_sp", dp=2, tp=2, micro_batches=2),
     Case("tp_usp", tp=2, ring=2, micro_batches=2, mlp_chunks=2, loss_chunks=2),
     Case("odysseus", tp=2, ring=2, micro_batches=2, recompute="block"),
+    Case("ring", ring=4, micro_batches=2, recompute="block", offload="activations"),
 ]
 
 CASES = [Case("single"), *cases(2), *cases(4), *cases(8)]
@@ -172,5 +179,6 @@ def config_of(
         precision=precision,
         grad_dtype=grad_dtype if precision == "bf16_mixed" else None,
         recompute=case.recompute,
+        offload=case.offload,
         zero_stage=case.zero_stage,
     )

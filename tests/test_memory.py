@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from analysis.accounts import account_of
 from analysis.accounts.letters import Letters
+from bench.instruments.observe import Observed
 from bench.instruments.step import run_step
 from tests import instruments
 from tests.cases import Case, config_of
@@ -89,6 +90,30 @@ def first_peak(case: Case, sizes: dict = SIZES) -> instruments.Peak:
         if alone
         else on_ranks(N, instruments.peak, case, sizes, 1, SEQ_LEN)[0]
     )
+
+
+AWAY = [replace(case, recompute="block", offload="activations") for case in (Case("single"), Case("tp", tp=N), *SPLIT)]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16_mixed"])
+@pytest.mark.parametrize("case", AWAY, ids=str)
+def test_with_offload_a_block_more_is_memory_of_the_host_alone(case: Case, dtype: str):
+    """To the byte: its input there, and nothing but its weights' part of the state on the device."""
+    sizes = {"dim": 64, "n_heads": 8, "n_kv_heads": 2, "ffn_dim": 96, "vocab_size": 128}
+    found = []
+    for n_layers in (5, 4):
+        args = case, {**sizes, "n_layers": n_layers}, 4, 256, dtype
+        found.append(seen(0, *args) if case.world_size == 1 else on_ranks(N, seen, *args)[0])
+    letters = Letters.of(config_of(case, {**sizes, "n_layers": 5}, 4, 256, dtype))
+    deep, shallow = found
+    state = [sum(getattr(each.peak, part) for part in ("params", "grads", "optimizer")) for each in found]
+    assert deep.peak.total - shallow.peak.total == state[0] - state[1]
+    assert deep.host_bytes - shallow.host_bytes == account_of(case.strategy).saved_by_block(letters)
+    assert deep.host_bytes == 5 * (deep.host_bytes - shallow.host_bytes)
+
+
+def seen(rank: int, *args) -> Observed:
+    return instruments.observed(*instruments.train(*args))
 
 
 CHUNKED = [Case("single"), Case("zero", dp=N), Case("tp", tp=N), SPLIT[0], SPLIT[1], SPLIT[4], SPLIT[6]]

@@ -63,6 +63,7 @@ def test_the_three_modes_agree(case: Case):
             assert lines(ours) == lines(theirs), f"{mode}, rank {rank}"
             assert ours.flops == theirs.flops, f"{mode}, rank {rank}"
             assert ours.peak.total == pytest.approx(theirs.peak.total, rel=0.01), f"{mode}, rank {rank}"
+            assert ours.host_bytes == theirs.host_bytes, f"{mode}, rank {rank}"
             for part in ("params", "grads", "optimizer"):
                 assert getattr(ours.peak, part) == getattr(theirs.peak, part), f"{mode}, rank {rank}"
     assert [emulate[rank].peak for rank in ranks] == [observed.peak for observed in truth]  # to the byte

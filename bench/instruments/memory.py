@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from bench.instruments.instrument import Instrument, replaced
 from bench.instruments.lent import Lent
 from conf.measurement import Peak
+from models import offload  # noqa: F401 (whose operations are named below)
 
 
 @dataclass
@@ -27,7 +29,7 @@ class Storage:
     """One storage's life: its present bytes, what it is, and the phase in which it was born."""
 
     nbytes: int
-    role: str
+    role: str  # of the state, or activations, other; host: in the host's memory
     gathered: bool = False  # refilled by FSDP2: weights that belong to other ranks
 
 
@@ -54,7 +56,7 @@ class MemoryLog(Instrument):
     def end_forward(self) -> None:
         """Whatever was made since the start and lives now is kept for backward: activations, or gathered weights."""
         self.lent.settle()
-        self.after_forward = sum(storage.nbytes for storage in self.live.values())
+        self.after_forward = sum(storage.nbytes for storage in self.live.values() if storage.role != "host")
         self.reach("backward")
         for storage in self.live.values():
             if storage.role == "other":
@@ -65,7 +67,7 @@ class MemoryLog(Instrument):
         self.places.append((len(self.events), place))
 
     def see(self, storage: torch.UntypedStorage, role: str) -> None:
-        if storage._cdata in self.live or storage.device.type != self.device:
+        if storage._cdata in self.live or (storage.device.type != self.device and role != "host"):
             return
         born = self.live[storage._cdata] = Storage(storage.nbytes(), role)
         self.events.append((born, born.nbytes))
@@ -83,9 +85,10 @@ class MemoryLog(Instrument):
     def saw(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
         if func.namespace == "c10d":
             return  # it writes into what it is lent
+        role = "host" if func is torch.ops.offload.to_host.default else "other"
         for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(tensor, Tensor) and getattr(tensor, "fake_mode", None) is self.fake_mode:
-                self.see(tensor.untyped_storage(), "other")
+                self.see(tensor.untyped_storage(), role)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -109,12 +112,19 @@ class MemoryLog(Instrument):
         for (start, place), end in zip(self.places, ends, strict=True):
             highest = best.get(place, Peak())
             for storage, change in self.events[start:end]:
+                if storage.role == "host":
+                    continue
                 held["total"] += change
                 held["other" if storage.gathered else storage.role] += change
                 if held["total"] > highest.total:
                     highest = Peak(**held)
             best[place] = highest
         return best
+
+    def host_bytes(self) -> int:
+        """At most, in the host's memory."""
+        changes = (change for storage, change in self.events if storage.role == "host")
+        return max(accumulate(changes), default=0)
 
     def peak(self) -> Peak:
         """The step's peak and its parts."""

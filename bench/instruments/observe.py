@@ -21,12 +21,13 @@ from strategies.ops.mesh import Axis
 
 @dataclass
 class Observed:
-    """One rank's step: the lines of comm.csv, FLOPs, and bytes held: at most, by place, and when forward ended."""
+    """One rank's step: the lines of comm.csv, FLOPs, and bytes held: at most, by place, when forward ended; by the host."""
 
     comm: list[Entry]
     flops: int
     peaks: dict[str, Peak]
     after_forward: int
+    host_bytes: int = 0
 
     @property
     def peak(self) -> Peak:
@@ -111,4 +112,4 @@ def observe(
     with torch.compiler.set_stance("force_eager"), seen, around:
         run_step(training, batches, reach, lambda: seen.counting(alike))
     options.kernel = kernel
-    return Observed(list(ledger.entries.values()), counter.total, log.peaks(), log.after_forward)
+    return Observed(list(ledger.entries.values()), counter.total, log.peaks(), log.after_forward, log.host_bytes())

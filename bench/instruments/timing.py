@@ -17,6 +17,7 @@ class Stopwatch:
     def __init__(self, device: str) -> None:
         self.on_gpu = device == "cuda"
         self.marks: list[list[tuple[str, Any]]] = []
+        self.asides: list[list[tuple[Any, Any]]] = []
         self.cpu_ms: list[float] = []
 
     @contextmanager
@@ -25,6 +26,7 @@ class Stopwatch:
         if self.on_gpu:
             torch.cuda.synchronize()
         self.marks.append([])
+        self.asides.append([])
         started = time.process_time()
         yield
         self.lap("")
@@ -32,24 +34,35 @@ class Stopwatch:
 
     def lap(self, name: str) -> None:
         """One begins."""
-        if self.on_gpu:
-            mark: Any = torch.cuda.Event(enable_timing=True)
-            mark.record()
-        else:
-            mark = 1000 * time.perf_counter()
-        self.marks[-1].append((name, mark))
+        self.marks[-1].append((name, self.mark()))
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Of a lap, what is waited for copies to and from the host's memory."""
+        begun = self.mark()
+        yield
+        self.asides[-1].append((begun, self.mark()))
+
+    def mark(self) -> Any:
+        """Now: of what the device computes, or of the clock."""
+        if not self.on_gpu:
+            return 1000 * time.perf_counter()
+        mark = torch.cuda.Event(enable_timing=True)
+        mark.record()
+        return mark
 
     def steps(self) -> list[Step]:
         if self.on_gpu:
             torch.cuda.synchronize()
-        return [self.summed(marks, cpu) for marks, cpu in zip(self.marks, self.cpu_ms, strict=True)]
+        return [self.summed(*each) for each in zip(self.marks, self.asides, self.cpu_ms, strict=True)]
 
-    def summed(self, marks: list[tuple[str, Any]], cpu: float) -> Step:
+    def summed(self, marks: list[tuple[str, Any]], asides: list[tuple[Any, Any]], cpu: float) -> Step:
         """Of the laps that have the same name."""
         laps = dict.fromkeys(("forward", "backward", "optimizer"), 0.0)
         for (name, begun), (_, ended) in pairwise(marks):
             laps[name] += self.between(begun, ended)
-        return Step(**laps, step=self.between(marks[0][1], marks[-1][1]), cpu=cpu)
+        waited = sum(self.between(*aside) for aside in asides)
+        return Step(**laps, step=self.between(marks[0][1], marks[-1][1]), cpu=cpu, offload=waited)
 
     def between(self, first: Any, second: Any) -> float:
         return first.elapsed_time(second) if self.on_gpu else second - first

@@ -8,6 +8,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from multiprocessing import util
@@ -35,6 +36,7 @@ from bench.workloads.training import PRECISIONS, Training
 from conf.keys import Config
 from conf.measurement import Rank
 from models import checkpoint
+from models.offload import waiting
 from strategies.ops.weights import whole_parameters
 
 machine.this_host()  # once in the server, as the imports, for all ranks that are forked from it
@@ -145,6 +147,7 @@ def run_steps(task: Task, progress: Callable[[str], None]) -> Rank:
     rank = dist.get_rank() if dist.is_initialized() else 0
     workload, batches_of = build(config)
     watch = Stopwatch(config.device)
+    waiting.around = watch.aside
     shares: list[torch.Tensor] = []
     token_shares: list[float] = []
     labels = 0.0
@@ -179,6 +182,7 @@ def run_steps(task: Task, progress: Callable[[str], None]) -> Rank:
     if isinstance(workload, AttentionAlone) and not made_up:
         found["errors"] = workload.errors()
     progress("counting")
+    waiting.around = nullcontext
     observed = observe(workload, batches, MemoryLog(config.device, workload.state()))
     device_name = torch.cuda.get_device_name() if on_gpu else machine.cpu_name()
     counted = measured(observed, device_name=device_name, **found)
@@ -195,6 +199,7 @@ def measured(observed: Observed, **found: Any) -> Rank:
         flops=observed.flops,
         peak=observed.peak,
         after_forward=observed.after_forward,
+        host_bytes=observed.host_bytes,
         backend=dist.get_backend() if dist.is_initialized() else "none",
         torch_version=torch.__version__,
         rank=dist.get_rank() if dist.is_initialized() else 0,

@@ -28,6 +28,7 @@ from strategies.ops.mesh import Axis
 DEPTHS = 4, 5, 6  # of the two that are extrapolated and the one that they must foretell
 EDGE = 2  # blocks at either end of the model that may differ from those between, because FSDP2 prefetches
 BLOCK = re.compile(r"blocks\.(-?\d+)")
+SIZES = "flops", "after_forward", "host_bytes"  # of all that was observed
 NOTHING: dict[str, Any] = {"calls": 0, "payload_bytes": 0, "sent_bytes": 0.0}
 
 
@@ -134,8 +135,8 @@ def extrapolated(short: Observed, longer: Observed, n_layers: int) -> Observed:
         else:  # weights of one block: the same for every block in between
             for i in stands_for(int(block[1]), n_layers):
                 comm.append(replace(entry, source=BLOCK.sub(f"blocks.{i}", entry.source)))
-    flops = int(further(short.flops, longer.flops))
-    return Observed(comm, flops, peaks, int(further(short.after_forward, longer.after_forward)))
+    sizes = (int(further(getattr(short, name), getattr(longer, name))) for name in SIZES)
+    return Observed(comm=comm, peaks=peaks, **dict(zip(SIZES, sizes, strict=True)))
 
 
 def edges(peaks: dict[str, Peak], depth: int) -> dict[str, Peak]:
@@ -165,7 +166,7 @@ def subject(entry: Entry) -> tuple:
 def foretold(guess: Observed, seen: Observed) -> bool:
     """Is what was extrapolated to DEPTHS[2] what a step of that depth shows?"""
     same_peaks = guess.peaks == edges(seen.peaks, DEPTHS[2])
-    same_sizes = (guess.flops, guess.after_forward) == (seen.flops, seen.after_forward)
+    same_sizes = all(getattr(guess, name) == getattr(seen, name) for name in SIZES)
     return same_peaks and same_sizes and in_order(guess.comm) == in_order(seen.comm)
 
 

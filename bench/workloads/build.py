@@ -35,6 +35,7 @@ def build_training(config: Config, strategy: Strategy) -> Training:
         recompute=config.recompute,
         mlp_chunks=config.mlp.chunks,
         loss_chunks=config.loss.chunks,
+        offload=config.offload,
         compiled=config.compile,
     )
 

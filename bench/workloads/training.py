@@ -64,12 +64,13 @@ class Training:
         recompute: str = "none",
         mlp_chunks: int = 1,
         loss_chunks: int = 1,
+        offload: str = "none",
         compiled: bool = False,
     ) -> None:
         weights_dtype, compute_dtype = dtypes
         self.strategy, self.mesh, self.device = strategy, strategy.mesh, strategy.mesh.device
         with torch.device("meta"):
-            model = Llama(config, strategy, compute_dtype, recompute, mlp_chunks, loss_chunks)
+            model = Llama(config, strategy, compute_dtype, recompute, mlp_chunks, loss_chunks, offload)
         self.model = model.to(weights_dtype)
         self.shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
         strategy.shard(self.model)
