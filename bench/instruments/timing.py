@@ -1,7 +1,7 @@
-"""Step times: wall clock on CPU, CUDA events on GPU, and the CPU time that this rank spent."""
+"""Times: wall clock on CPU, CUDA events on GPU; of steps, also the CPU time that this rank spent."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -32,12 +32,7 @@ class Stopwatch:
 
     def lap(self, name: str) -> None:
         """One begins."""
-        if self.on_gpu:
-            mark: Any = torch.cuda.Event(enable_timing=True)
-            mark.record()
-        else:
-            mark = 1000 * time.perf_counter()
-        self.marks[-1].append((name, mark))
+        self.marks[-1].append((name, mark(self.on_gpu)))
 
     def steps(self) -> list[Step]:
         if self.on_gpu:
@@ -48,8 +43,35 @@ class Stopwatch:
         """Of the laps that have the same name."""
         laps = dict.fromkeys(("forward", "backward", "optimizer"), 0.0)
         for (name, begun), (_, ended) in pairwise(marks):
-            laps[name] += self.between(begun, ended)
-        return Step(**laps, step=self.between(marks[0][1], marks[-1][1]), cpu=cpu)
+            laps[name] += between(begun, ended)
+        return Step(**laps, step=between(marks[0][1], marks[-1][1]), cpu=cpu)
 
-    def between(self, first: Any, second: Any) -> float:
-        return first.elapsed_time(second) if self.on_gpu else second - first
+
+def mark(on_gpu: bool) -> Any:
+    """Now, for who gets there: the host, or the GPU when it has done what it was given so far."""
+    if not on_gpu:
+        return 1000 * time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(first: Any, second: Any) -> float:
+    """Two marks, in milliseconds."""
+    return second - first if isinstance(first, float) else first.elapsed_time(second)
+
+
+def repeated(run: Callable[[], object], times: int, warmup: int, device: str) -> list[float]:
+    """Microseconds of each of so many runs, one right behind the other: on a GPU, the host is ahead of it."""
+    on_gpu = device == "cuda"
+    for _ in range(warmup):
+        run()
+    if on_gpu:
+        torch.cuda.synchronize()
+    marks = [mark(on_gpu)]
+    for _ in range(times):
+        run()
+        marks.append(mark(on_gpu))
+    if on_gpu:
+        torch.cuda.synchronize()
+    return [1000 * between(*pair) for pair in pairwise(marks)]
