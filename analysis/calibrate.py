@@ -149,7 +149,7 @@ def sources(sweep: Sweep) -> str:
     rows = sweep.rows[sweep.rows.run_id.isin(sweep.series)]
     first = rows.iloc[0]
     host = sweep.records[first.run_id]["machines"][0]
-    ranks = f"{int(rows.world_size.max())} ranks, {threads_of(sweep, first.run_id)} threads each"
+    ranks = f"threads a rank {threads_of(sweep, first.run_id)} of {host['cores']}"
     commit = f"commit {first.git_sha[:10]}{' with changes' if str(first.git_dirty) == 'True' else ''}"
     when = min(rows.started_at)[:10]
     commands = "; ".join(dict.fromkeys(rows.command))
@@ -171,7 +171,7 @@ def hardware(sweep: Sweep, found: Calibration) -> dict[str, Any]:
     return {
         "name": f"{device}, {ranks} ranks",
         "device_names": [device],
-        "bf16_dense_tflops": fastest(found, "products") / 1000,
+        "bf16_dense_tflops": float(f"{fastest(found, 'products') / 1000:.4g}"),
         "mem_gb": round(host["memory_bytes"] / 2**30 / ranks, 2),
         "context_gb": 0,
         "hbm_gbps": fastest(found, "copy"),

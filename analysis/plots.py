@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogFormatter
 
 from analysis import machine
 from analysis.curves import Fit, Points, us_of
@@ -374,6 +374,8 @@ def over_size(
             ax.plot(x, x / us_of(curves[key].rate, x) / 1000, color=how["color"], linewidth=1)
     ax.set_xscale("log")
     ax.set_yscale("log")
+    for put in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
+        put(LogFormatter(minor_thresholds=(1.5, 0.4)))
     ax.set_xlabel(xlabel)
     ax.set_ylabel(ylabel)
     ax.set_title(title, loc="left")
