@@ -1,7 +1,7 @@
 """Times: wall clock on CPU, CUDA events on GPU; of steps, also the CPU time that this rank spent."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -61,17 +61,23 @@ def between(first: Any, second: Any) -> float:
     return second - first if isinstance(first, float) else first.elapsed_time(second)
 
 
-def repeated(run: Callable[[], object], times: int, warmup: int, device: str) -> list[float]:
-    """Microseconds of each of so many runs, one right behind the other: on a GPU, the host is ahead of it."""
+def in_turn(runs: Sequence[Callable[[], object]], times: int, warmup: int, device: str) -> list[list[float]]:
+    """Microseconds of each of these, every time: all of them once, then all again. On a GPU the host is ahead of it."""
     on_gpu = device == "cuda"
-    for _ in range(warmup):
+    for run in (run for _ in range(warmup) for run in runs):
         run()
     if on_gpu:
         torch.cuda.synchronize()
     marks = [mark(on_gpu)]
-    for _ in range(times):
+    for run in (run for _ in range(times) for run in runs):
         run()
         marks.append(mark(on_gpu))
     if on_gpu:
         torch.cuda.synchronize()
-    return [1000 * between(*pair) for pair in pairwise(marks)]
+    us = [1000 * between(*pair) for pair in pairwise(marks)]
+    return [us[n :: len(runs)] for n in range(len(runs))]
+
+
+def repeated(run: Callable[[], object], times: int, warmup: int, device: str) -> list[float]:
+    """Microseconds of each time, one right behind the other."""
+    return in_turn([run], times, warmup, device)[0]

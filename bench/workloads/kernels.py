@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.instruments.timing import repeated
+from bench.instruments.timing import in_turn, repeated
 from bench.workloads.training import PRECISIONS
 from conf.keys import Config, ModelConfig
 from conf.measurement import Timed, Work
@@ -29,21 +29,24 @@ Kernel = tuple[Work, Callable[[], object]]
 
 
 def measured(config: Config, strategy: Strategy) -> Iterator[Timed]:
-    """One kernel after the other, on all ranks the same at the same time."""
-    for work, run in kernels(config, strategy):
+    """All kernels of a length in turn, on all ranks the same: in a loop of its own each would find its data in caches,
+    as it does not in a step."""
+    for tokens in lengths(config.seq_len):
+        works, runs = zip(*kernels(config, strategy, tokens), strict=True)
         if dist.is_initialized():
             dist.barrier()
-        yield Timed(work, repeated(run, config.steps, config.warmup, config.device))
+        us = in_turn(runs, config.steps, config.warmup, config.device)
+        yield from map(Timed, works, us)
     yield time_of_a_call(config)
 
 
-def kernels(config: Config, strategy: Strategy) -> Iterator[Kernel]:
+def kernels(config: Config, strategy: Strategy, tokens: int) -> Iterator[Kernel]:
+    """Each with its inputs."""
     model, dtype = of_a_rank(config.model, strategy.mesh.tp.size), strategy.options.compute_dtype
-    for tokens in lengths(config.seq_len):
-        yield from products(model, tokens, dtype, config.device)
-        yield from attention(model, tokens, strategy)
-        yield from between(model, tokens, dtype, config.device)
-        yield optimizer(model.dim * tokens, PRECISIONS[config.precision][0], config.device)
+    yield from products(model, tokens, dtype, config.device)
+    yield from attention(model, tokens, strategy)
+    yield from between(model, tokens, dtype, config.device)
+    yield optimizer(model.dim * tokens, PRECISIONS[config.precision][0], config.device)
 
 
 def of_a_rank(model: ModelConfig, tp: int) -> ModelConfig:
