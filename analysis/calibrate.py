@@ -21,6 +21,7 @@ from conf.clock import Rate
 from conf.files import FileFault, check_writable, read_yaml
 from conf.groups import HERE
 from conf.keys import OF_A_MACHINE
+from conf.measurement import NOISY
 
 AGAIN = "python -m bench -m sweep=calibrate measures it"
 TILES = (1, 32, 64, 128, 256, 512, 1024)  # keys
@@ -46,7 +47,7 @@ def printed(folder: Path, out: Path | None) -> str:
     """What the command prints: the curves with what is left of each, and where the file is."""
     sweep = complete(load(folder))
     found = calibrated(sweep)
-    file, table = out or folder / "cluster.yaml", left_over(found)
+    file, table = out or folder / "cluster.yaml", f"{left_over(found)}\n{quiet(sweep)}"
     write(file, cluster_of(sweep, found), table)
     for name, figure in pictures(sweep, found).items():
         plots.save(figure, folder / "calibration", name)
@@ -113,6 +114,13 @@ def left_over(found: Calibration) -> str:
         for name, each in found.all.items()
     ]
     return pd.DataFrame(rows).to_string(index=False)
+
+
+def quiet(sweep: Sweep) -> str:
+    """How steady the machine was: what others ran on it meanwhile is in the curves, too."""
+    lines = [line for table in sweep.series.values() for line in table]
+    noisy = sum(line["time_us_p90"] - line["time_us_p10"] > NOISY * line["time_us"] for line in lines)
+    return f"{noisy} of {len(lines)} times spread (p10 to p90) over {NOISY:.0%} of their median."
 
 
 # The file.

@@ -29,8 +29,10 @@ Kernel = tuple[Work, Callable[[], object]]
 
 
 def measured(config: Config, strategy: Strategy) -> Iterator[Timed]:
-    """All kernels of a length in turn, on all ranks the same: in a loop of its own each would find its data in caches,
-    as it does not in a step."""
+    """All kernels of a length in turn, on all ranks the same.
+
+    In a loop of its own each would find its data in the caches, and not as it does in a step.
+    """
     for tokens in lengths(config.seq_len):
         works, runs = zip(*kernels(config, strategy, tokens), strict=True)
         if dist.is_initialized():
