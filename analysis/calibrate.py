@@ -21,7 +21,6 @@ from conf.clock import Rate
 from conf.files import FileFault, check_writable, read_yaml
 from conf.groups import HERE
 from conf.keys import OF_A_MACHINE
-from conf.measurement import NOISY
 
 AGAIN = "python -m bench -m sweep=calibrate measures it"
 TILES = (1, 32, 64, 128, 256, 512, 1024)  # keys
@@ -119,8 +118,10 @@ def left_over(found: Calibration) -> str:
 def quiet(sweep: Sweep) -> str:
     """How steady the machine was: what others ran on it meanwhile is in the curves, too."""
     lines = [line for table in sweep.series.values() for line in table]
-    noisy = sum(line["time_us_p90"] - line["time_us_p10"] > NOISY * line["time_us"] for line in lines)
-    return f"{noisy} of {len(lines)} times spread (p10 to p90) over {NOISY:.0%} of their median."
+    spreads = [(line["time_us_p90"] - line["time_us_p10"]) / line["time_us"] for line in lines]
+    loads = [record["load_after"] for run_id, record in sweep.records.items() if run_id in sweep.series]
+    said = f"Times spread (p10 to p90) over {np.median(spreads):.0%} of their median, in the median of {len(lines)}"
+    return f"{said}; load at the end {max(filter(None, loads), default=0):.2f}."
 
 
 # The file.
