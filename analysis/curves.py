@@ -1,6 +1,7 @@
-"""Fitting a rate of conf/clock.py to measured times: least squares of their logarithms, on a grid, in numpy.
+"""Fitting a rate of conf/clock.py to measured times: the least distance of their logarithms, on a grid, in numpy.
 
-Logarithms, for a time is wrong by a factor, whether it is of 10 us or of 10 ms.
+Logarithms, for a time is wrong by a factor, whether it is of 10 us or of 10 ms. Distances and not their squares, for
+what disturbs a machine triples a few times, and leaves the others as they are.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from conf.clock import Rate
 POWERS = np.arange(0.3, 1.55, 0.05)
 HALVES = 60  # of them, from a hundredth of the least work to four times the most
 FINE = 21  # values between two neighbours of the grid, once the best is known
-BETTER = 0.9  # of the squares that are left: a floor must pay for itself
+BETTER = 0.9  # of the distance that is left: a floor must pay for itself
 
 
 @dataclass
@@ -49,16 +50,16 @@ def fit(points: Points) -> Fit:
     """The rate that is nearest to the points."""
     order = np.argsort(points.work)
     work, us = points.work[order], points.us[order]
-    plain, squares = nearest(work, us, 0.0)
+    plain, far = nearest(work, us, 0.0)
     smallest = range(1, min(len(us) // 2, 8) + 1)
     floors = {float(np.median(us[:n])) for n in smallest}
     tried = [nearest(work, us, floor) for floor in sorted(floors)]
-    floored, fewer = min(tried, key=lambda each: each[1], default=(plain, squares))
-    return Fit(rounded(floored if fewer < BETTER * squares else plain), points)
+    floored, nearer = min(tried, key=lambda each: each[1], default=(plain, far))
+    return Fit(rounded(floored if nearer < BETTER * far else plain), points)
 
 
 def nearest(work: np.ndarray, us: np.ndarray, floor: float) -> tuple[Rate, float]:
-    """With this floor: on the coarse grid, then around its best -> the rate and the mean square that is left."""
+    """With this floor: on the coarse grid, then around its best -> the rate and the mean distance that is left."""
     halves = np.geomspace(work.min() / 100, work.max() * 4, HALVES)
     half, power, _, _ = best(work, us, floor, np.array([0.0, *halves]), POWERS)
     step = halves[1] / halves[0]
@@ -71,13 +72,13 @@ def nearest(work: np.ndarray, us: np.ndarray, floor: float) -> tuple[Rate, float
 def best(
     work: np.ndarray, us: np.ndarray, floor: float, halves: np.ndarray, powers: np.ndarray
 ) -> tuple[float, float, float, float]:
-    """half, power, rate and mean square. The rate has a closed form: the mean distance of the logarithms."""
+    """half, power, rate and mean distance. The rate has a closed form: the median of what the logarithms differ by."""
     shape = stretched(work, halves[:, None, None], powers[None, :, None])  # [halves, powers, points]
     above = us > 1.2 * floor if floor else np.full(len(us), True)
     if not above.any():
-        return 0.0, 1.0, float(np.exp(np.mean(np.log(work / us)))) / 1000, np.inf
-    scale = np.exp(np.mean(np.log(shape[..., above] / us[above]), axis=-1))
-    left = np.mean(np.log(np.maximum(floor, shape / scale[..., None]) / us) ** 2, axis=-1)
+        return 0.0, 1.0, float(np.exp(np.median(np.log(work / us)))) / 1000, np.inf
+    scale = np.exp(np.median(np.log(shape[..., above] / us[above]), axis=-1))
+    left = np.mean(np.abs(np.log(np.maximum(floor, shape / scale[..., None]) / us)), axis=-1)
     i, j = np.unravel_index(np.argmin(left), left.shape)
     return float(halves[i]), float(powers[j]), float(scale[i, j]) / 1000, float(left[i, j])
 

@@ -164,7 +164,9 @@ class OptimConfig:
 class ClusterConfig:
     """A GPU and its links, one of conf/cluster/. Speeds are a GPU's, in one direction."""
 
-    name: str = key(MISSING, "the hardware that simulated ranks stand for", column="cluster")
+    name: str = key(
+        MISSING, "the hardware that simulated ranks stand for: of conf/cluster/, or a file", column="cluster"
+    )
     device_names: list[str] = key(MISSING, "as the driver calls it, in part")
     bf16_dense_tflops: float = key(MISSING, "dense 16-bit peak, TFLOP/s", above=0, most=10**6)
     mem_gb: float = key(MISSING, "memory, GiB", above=0, most=10**6)
