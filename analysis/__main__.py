@@ -1,4 +1,4 @@
-"""python -m analysis table | report | sources | compare | columns ...   (--help after each says more)"""
+"""python -m analysis table | report | sources | compare | columns | calibrate ...   (--help after each says more)"""
 
 import argparse
 import sys
@@ -14,7 +14,9 @@ def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(
         prog="python -m analysis", description="What it costs, by the book and by the meter."
     )
-    commands = main.add_subparsers(dest="command", required=True, metavar="table|report|sources|compare|columns")
+    commands = main.add_subparsers(
+        dest="command", required=True, metavar="table|report|sources|compare|columns|calibrate"
+    )
 
     table = commands.add_parser("table", help="the analytic cost table: formulas, or values of one configuration")
     table.add_argument("--format", choices=FORMATS, default="text")
@@ -39,6 +41,10 @@ def parser() -> argparse.ArgumentParser:
 
     columns = commands.add_parser("columns", help="every column of results.csv: its unit and its meaning")
     columns.add_argument("--format", choices=FORMATS, default="text")
+
+    calibrate = commands.add_parser("calibrate", help="a cluster's file from what sweep=calibrate measured on it")
+    calibrate.add_argument("folder", type=Path, metavar="runs/calibrate")
+    calibrate.add_argument("--out", type=Path, metavar="FILE.yaml", help="default: cluster.yaml in the folder")
     return main
 
 
@@ -65,6 +71,10 @@ def answer(arguments: argparse.Namespace) -> tuple[object, list[str]]:
         from analysis import compare
 
         return compare.printed(arguments.a, arguments.b)
+    if arguments.command == "calibrate":
+        from analysis import calibrate
+
+        return calibrate.printed(arguments.folder, arguments.out), []
     if arguments.command == "report":
         from analysis import report
 

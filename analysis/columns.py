@@ -1,4 +1,4 @@
-"""Every column of a row, with its unit and its meaning.
+"""Every column of a row, with its unit and its meaning; then those of collectives.csv and kernels.csv.
 
 python -m analysis columns [--format text|markdown|latex|csv]
 """
@@ -7,10 +7,13 @@ import pandas as pd
 
 from analysis.table import laid_out
 from conf.columns import columns
+from conf.series import SERIES
 
 
 def printed(format: str) -> str:
-    table = pd.DataFrame([{"column": c.name, "unit": c.unit, "meaning": c.says} for c in columns()])
+    named = [(c.name, c) for c in columns()]
+    named += [(f"{workload}.{c.name}", c) for workload, of_lines in SERIES.items() for c in of_lines]
+    table = pd.DataFrame([{"column": name, "unit": c.unit, "meaning": c.says} for name, c in named])
     return laid_out(table, format, in_text=aligned)
 
 

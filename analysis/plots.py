@@ -3,9 +3,13 @@
 Every axis has a unit, every strategy its colour and marker (analysis/looks.py), and a title says what to look for.
 """
 
+import io
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import matplotlib
 
@@ -16,8 +20,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogFormatter
 
+from analysis import machine
+from analysis.curves import Fit, Points, us_of
 from analysis.looks import colour, marker
 from analysis.reading import Sweep
 from conf.columns import MIB
@@ -349,6 +355,70 @@ def front_of(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.loc[front]
 
 
+# Of a machine: rates over sizes, with the curves of a clock where there are any.
+
+Curves = Mapping[Any, Fit]
+OF_KERNELS = {"norm": BLUE, "rotary": SKY, "swiglu": ORANGE, "merge": GREEN, "optimizer": ROSE, "copy": GREY}
+OF_KERNELS |= {"other": "#000000", "products": BLUE, "attention_forward": ORANGE, "attention_backward": GREEN}
+
+
+def over_size(
+    groups: Mapping[Any, tuple[Points, dict]], curves: Curves, xlabel: str, ylabel: str, title: str
+) -> Figure:
+    """A group's points, and its curve if it has one: billions a second over what was done."""
+    figure, ax = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    for key, (points, how) in groups.items():
+        ax.scatter(points.work, points.work / points.us / 1000, s=16, **how)
+        if key in curves:
+            x = np.geomspace(points.work.min(), points.work.max(), 200)
+            ax.plot(x, x / us_of(curves[key].rate, x) / 1000, color=how["color"], linewidth=1)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    for put in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
+        put(LogFormatter(minor_thresholds=(1.5, 0.4)))
+    ax.set_xlabel(xlabel)
+    ax.set_ylabel(ylabel)
+    ax.set_title(title, loc="left")
+    ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def flops_over_size(sweep: Sweep, curves: Curves = MappingProxyType({}), tile: int = 1) -> Figure:
+    """What matrix products and attention reach."""
+    found = {name: points for name, points in machine.of_kernels(sweep, tile).items() if points.unit == "FLOP"}
+    if not found:
+        raise Unavailable("FLOP/s over size: no row is of workload=kernels.")
+    groups = {name: (points, {"color": OF_KERNELS[name], "label": name}) for name, points in found.items()}
+    computed = "visible scores" if tile == 1 else f"scores in tiles of {tile} keys"
+    where = f"FLOPs; of attention, of {computed}"
+    return over_size(groups, curves, where, "GFLOP/s of a rank", "Larger products run nearer to the peak")
+
+
+def bytes_over_size(sweep: Sweep, curves: Curves = MappingProxyType({})) -> Figure:
+    """What the other kernels reach."""
+    found = {name: points for name, points in machine.of_kernels(sweep).items() if points.unit == "B"}
+    if not found:
+        raise Unavailable("Kernels' bytes over size: no row is of workload=kernels.")
+    groups = {name: (points, {"color": OF_KERNELS[name], "label": name}) for name, points in found.items()}
+    title = "Small kernels wait for their call, large ones for memory"
+    return over_size(groups, curves, "bytes read and written", "GB/s of a rank", title)
+
+
+def bandwidth_over_size(sweep: Sweep, curves: Curves = MappingProxyType({})) -> Figure:
+    """The bus bandwidth of each kind of collective and group."""
+    found = machine.of_links(sweep)
+    if not found:
+        raise Unavailable("Bandwidth over size: no row is of workload=collectives.")
+    sizes = sorted({(tier, size) for tier, _, size in found}, key=str)
+    groups = {}
+    for (tier, kind, size), points in found.items():
+        over = f"{size} {'ranks' if tier == 'intra' else 'nodes'}"
+        how = {"color": KINDS[kind], "marker": "os^Dvp*X"[sizes.index((tier, size)) % 8], "label": f"{kind}, {over}"}
+        groups[tier, kind, size] = (points, how)
+    title = "Bandwidth grows with size, up to the links'"
+    return over_size(groups, curves, "bytes that a rank sends", "bus bandwidth (GB/s)", title)
+
+
 PLOTS: dict[str, tuple[Callable[[Sweep], Figure], str]] = {
     "loss_curves": (
         loss_curves,
@@ -376,15 +446,31 @@ PLOTS: dict[str, tuple[Callable[[Sweep], Figure], str]] = {
         "Exposed is what the step takes longer than the same step with collectives that return at once.",
     ),
     "pareto": (pareto, "Left is smaller, down is faster."),
+    "flops_over_size": (flops_over_size, "Each point is the median over ranks that computed at the same time."),
+    "bytes_over_size": (bytes_over_size, "Bytes as conf/series.py counts them, whatever is moved beside them."),
+    "bandwidth_over_size": (bandwidth_over_size, "Bytes sent over time: the bus bandwidth of nccl-tests."),
 }
+OF_STEPS = [name for name in PLOTS if not name.endswith("_over_size")]
 
 
 def draw_all(sweep: Sweep) -> tuple[dict[str, Figure], list[str]]:
     """Every picture that the data allows, and a sentence for each that it does not."""
     figures, left_out = {}, []
-    for name, (draw, _) in PLOTS.items():
+    asked = [name for name in PLOTS if (sweep.series if name not in OF_STEPS else not sweep.series or len(sweep.ok))]
+    for name, (draw, _) in ((name, PLOTS[name]) for name in asked):
         try:
             figures[name] = draw(sweep)
         except Unavailable as reason:
             left_out.append(str(reason))
     return figures, left_out
+
+
+def save(figure: Figure, folder: Path, name: str) -> bytes:
+    """As PNG and SVG -> the latter."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.png", dpi=120, metadata={"Software": None})
+    svg = io.BytesIO()
+    figure.savefig(svg, format="svg", metadata={"Date": None})
+    (folder / f"{name}.svg").write_bytes(svg.getvalue())
+    plt.close(figure)
+    return svg.getvalue()

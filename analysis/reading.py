@@ -5,16 +5,17 @@ record was written are as by default.
 """
 
 import csv
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 
 from analysis import UserError
-from conf import recorded
+from conf import recorded, series
 from conf.columns import COMM_COLUMNS, MEASURED, WHERE_FROM, WHO, columns
 from conf.files import FileFault
-from conf.keys import MISSING, Config, keys
+from conf.keys import MISSING, OF_A_MACHINE, Config, keys
 from conf.labels import labels
 from conf.meshes import AXES
 
@@ -32,6 +33,7 @@ class Sweep:
     records: dict[str, dict] = field(default_factory=dict)  # run_id -> record.json
     configs: dict[str, Config] = field(default_factory=dict)  # run_id -> what was resolved, where it was
     comm: dict[str, list[dict]] = field(default_factory=dict)  # run_id -> the lines of comm.csv, where it can be read
+    series: dict[str, list[dict]] = field(default_factory=dict)  # run_id -> lines of collectives.csv or kernels.csv
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -40,7 +42,12 @@ class Sweep:
 
     @property
     def ok(self) -> pd.DataFrame:
-        return self.rows[self.rows.status == "ok"]
+        """The rows of steps that ended well."""
+        return self.rows[(self.rows.status == "ok") & ~self.rows.workload.isin(OF_A_MACHINE)]
+
+    def measured(self, workload: str) -> dict[str, list[dict]]:
+        """run_id -> what was measured of a machine, by this workload."""
+        return {run_id: lines for run_id, lines in self.series.items() if self.configs[run_id].workload == workload}
 
 
 def load(folder: Path) -> Sweep:
@@ -55,7 +62,8 @@ def load(folder: Path) -> Sweep:
     if not found:
         said = f"; {problems[0]}" if problems else ""
         raise UserError(f"{folder}: there is no readable record.json and no row in results.csv{said}")
-    missing = [column for column in NEEDED if not any(column in row for row in found)]
+    steps = [row for row in found if row.get("workload") not in OF_A_MACHINE]
+    missing = [column for column in NEEDED if steps and not any(column in row for row in steps)]
     statuses = pd.Series([row.get("status", "") for row in found])
     if missing and ("ok" in set(statuses) or "status" in missing):
         where = folder / ("*/record.json" if records else "results.csv")
@@ -66,7 +74,9 @@ def load(folder: Path) -> Sweep:
     counted = [run_id for run_id, record in records.items() if record.get("comm_bytes") is not None]
     lines = {run_id: read_comm(folder / run_id / "comm.csv", problems) for run_id in counted}
     comm = {run_id: entries for run_id, entries in lines.items() if entries is not None}
-    return Sweep(folder, table_of(found), records, configs, comm, problems)
+    return Sweep(
+        folder, table_of(found), records, configs, comm, read_series(folder, records, configs, problems), problems
+    )
 
 
 def table_of(found: list[dict]) -> pd.DataFrame:
@@ -133,3 +143,17 @@ def read_comm(file: Path, problems: list[str]) -> list[dict] | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         problems.append(f"{file}: cannot be read ({type(error).__name__}: {error})")
         return None
+
+
+def read_series(
+    folder: Path, records: Mapping[str, dict], configs: Mapping[str, Config], problems: list[str]
+) -> dict[str, list[dict]]:
+    """Of the rows that measured a machine, what they did."""
+    found = {}
+    for run_id, config in configs.items():
+        if config.workload in OF_A_MACHINE and records[run_id]["status"] == "ok":
+            try:
+                found[run_id] = series.read(folder / run_id / f"{config.workload}.csv")
+            except FileFault as fault:
+                problems.append(str(fault))
+    return found

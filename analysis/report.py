@@ -5,12 +5,10 @@ command exits with 1.
 """
 
 import base64
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pandas as pd
 
 from analysis import UserError, sources, symbols
@@ -20,7 +18,7 @@ from analysis.accounts.letters import Letters
 from analysis.accounts.sent import SHORT, Sent, total
 from analysis.looks import colour
 from analysis.mismatches import mismatches
-from analysis.plots import PLOTS, draw_all, front_of, longest
+from analysis.plots import PLOTS, draw_all, front_of, longest, save
 from analysis.race import race, verdict
 from analysis.reading import Sweep, load
 from analysis.table import written
@@ -29,6 +27,7 @@ from conf import meshes
 from conf.columns import MIB, columns
 from conf.keys import Config
 from conf.labels import mesh
+from conf.series import summary
 
 
 def write(folder: Path) -> list[str]:
@@ -56,6 +55,7 @@ def write(folder: Path) -> list[str]:
         answers=answers(sweep),
         shown=shown(sweep.ok),
         results=results(sweep),
+        machine=of_machine(sweep),
         races=races,
         verdict=verdict(races),
         comparisons=comparisons(audits),
@@ -74,12 +74,8 @@ def draw(sweep: Sweep, target: Path) -> tuple[list[dict], list[str]]:
     figures, left_out = draw_all(sweep)
     pictures = []
     for name, figure in figures.items():
-        figure.savefig(target / f"{name}.png", dpi=120, metadata={"Software": None})
-        svg = io.BytesIO()
-        figure.savefig(svg, format="svg", metadata={"Date": None})
-        (target / f"{name}.svg").write_bytes(svg.getvalue())
-        pictures.append({"name": name, "caption": PLOTS[name][1], "svg": base64.b64encode(svg.getvalue()).decode()})
-        plt.close(figure)
+        svg = base64.b64encode(save(figure, target, name)).decode()
+        pictures.append({"name": name, "caption": PLOTS[name][1], "svg": svg})
     return pictures, left_out
 
 
@@ -196,6 +192,11 @@ def said(values: pd.Series) -> list[str]:
 
 def answers(sweep: Sweep) -> list[str]:
     """Which is fastest, which is smallest, which sends least, and what it would cost to choose otherwise."""
+    if sweep.ok.empty and sweep.series:
+        return [
+            f"How fast this machine does what a step consists of: python -m analysis calibrate {sweep.folder} fits a "
+            "cluster's clock to it."
+        ]
     if sweep.ok.empty:
         return ["Nothing was measured: no configuration ended well. The reasons are below."]
     said = []
@@ -316,6 +317,16 @@ def results(sweep: Sweep) -> list[dict]:
         name = row.label if mesh(row) in row.label else f"{row.label} {mesh(row)}"
         table.append({"row": row, "name": name, "colour": colour(row.strategy)})
     return table
+
+
+def of_machine(sweep: Sweep) -> list[dict]:
+    """A table in short of each row that measured the machine, and the file that has it all."""
+    found = []
+    for run_id, lines in sweep.series.items():
+        workload = sweep.configs[run_id].workload
+        label = sweep.rows[sweep.rows.run_id == run_id].label.iloc[0]
+        found.append({"label": label, "file": f"{run_id}/{workload}.csv", "lines": summary(workload, lines)})
+    return found
 
 
 def failures(sweep: Sweep) -> list[dict]:

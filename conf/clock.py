@@ -36,11 +36,12 @@ class Clock:
 
     sources: str  # who measured, and how
     products: Rate  # matrix products, by FLOPs
-    attention_forward: Rate  # its two products, by FLOPs of the scores that are visible
-    attention_backward: Rate  # its five
+    attention_forward: Rate  # its two products, by FLOPs of the scores that it computes: 4 head_dim each
+    attention_backward: Rate  # its five: 10 head_dim each
     kernels: dict[str, Rate]  # by bytes read and written: `other`, and of KERNELS those that differ from it
     intra: dict[str, dict[int, Rate]]  # inside a node: collective -> ranks -> by bytes that a rank sends
     inter: dict[str, dict[int, Rate]] = field(default_factory=dict)  # across nodes: collective -> nodes -> likewise
+    tile: int = 1  # keys: of a causal block, whole tiles of so many are computed along the diagonal
     exponentials: float | None = None  # of scores, billions a second, beside forward's products; None: within them
     wave: int | None = None  # tiles of 128 x 256 that run at once: products take whole waves; None: no waves
     call_us: float = 0.0  # the host's time for one operation: what runs shorter waits for it
@@ -71,6 +72,8 @@ class Clock:
                 named(kind, COLLECTIVES, f"{where}.{tier}"): by_size(of_kind, f"{where}.{tier}.{kind}")
                 for kind, of_kind in links.items()
             }
+        if not_of(int, tile := found.get("tile", 1)) or tile < 1:
+            raise Invalid(f"{where}.tile={tile} is no number of keys; 128 would do")
         for name in ("exponentials", "wave", "call_us"):
             if (value := found.get(name)) is not None:
                 number(value, f"{where}.{name}", least=0)
@@ -82,6 +85,10 @@ class Clock:
     def kernel(self, name: str) -> Rate:
         return self.kernels.get(name, self.kernels["other"])
 
+    def scores(self, queries: int, keys: int, causal: bool) -> int:
+        """Query-key pairs of a head that a block of attention computes: those that are visible, in whole tiles."""
+        return computed(queries, self.tile) if causal else queries * keys
+
     def link(self, kind: str, ranks: int, nodes: int, cluster: str) -> Rate:
         """Of a collective over so many ranks in so many nodes: as measured for the nearest size. Raises Invalid."""
         tier, size = ("inter", nodes) if nodes > 1 else ("intra", ranks)
@@ -90,6 +97,12 @@ class Clock:
             across = "across nodes" if nodes > 1 else "inside a node"
             raise Invalid(f"cluster={cluster}: how fast {kind} is {across} was neither measured nor published")
         return sizes[min(sizes, key=lambda known: abs(log(known / size)))]
+
+
+def computed(tokens: int, tile: int) -> int:
+    """Query-key pairs of a causal block, query i's keys 0..i rounded up to a whole tile, where there are as many."""
+    whole, rest = divmod(tokens, tile)
+    return tile * tile * whole * (whole + 1) // 2 + rest * tokens
 
 
 def rate(values: Any, where: str) -> Rate:

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from conf import tiers
-from conf.keys import MISSING, Config, keys, plain, section_in
+from conf.keys import MISSING, OF_A_MACHINE, Config, keys, plain, section_in
 from conf.measurement import NOISY, Entry, Host, Measured, percentile, worst
 
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "p2p")
@@ -32,7 +32,7 @@ class Column:
     name: str
     unit: str
     says: str
-    of: Callable[[Measured], Any] | None = None
+    of: Callable[[Any], Any] | None = None
     head: str = ""
     form: str = "{:,.4g}"
     scale: float = 1
@@ -133,11 +133,13 @@ WHO = [
     Column("status", "", "ok, invalid, oom, timeout or error", holds=str),
     Column("reason", "", "why, in a sentence", holds=str),
 ]
-MEASURED = [
+ON = [
     Column(
         "device_name", "", "of the processor, or of the simulated cluster", lambda m: m.first.device_name, holds=str
     ),
     Column("backend", "", "of the collectives", lambda m: m.first.backend, holds=str),
+]
+OF_A_STEP = [
     # Times: of the slowest rank of each step, medians over the timed steps.
     clock("step_ms_median", "ms", "a step; ~ where noisy", lambda m: m.step_ms, "step ms", "{:,.1f}", "noisy"),
     clock("step_ms_p10", "ms", "of the steps, the 10th percentile", lambda m: percentile(m.laps["step"], 0.1)),
@@ -247,8 +249,13 @@ MEASURED = [
         "of workload=attention: how far output or gradients are from one process', at most, on any rank",
         lambda m: max(m.errors.values(), key=worst, default=None),
     ),
+    Column("losses", "nats", "of every step", lambda m: m.first.losses, in_csv=False, holds=SERIES),
+    Column("errors", "", "of the output and each gradient", lambda m: m.errors, in_csv=False, holds=dict),
+    Column("round_ms", "ms", "a step, of each round", lambda m: m.round_ms, timed=True, in_csv=False, holds=SERIES),
+]
+WHERE = [
     Column("mode_seconds", "s", "how long the ranks of the row took in all", lambda m: m.seconds),
-    # Where it ran. Of several hosts, what differs is told in their order.
+    # Of several hosts, what differs is told in their order.
     Column("hosts", "", "among which the ranks are shared out", lambda m: tiers.hosts(m.config)),
     Column("ranks_per_host", "", "of them, on each", lambda m: tiers.ranks_per_host(m.config)),
     Column("host_names", "", "where it ran", on_hosts(lambda host: host.name), holds=str),
@@ -270,10 +277,8 @@ MEASURED = [
         in_csv=False,
         holds=list[dict],
     ),
-    Column("losses", "nats", "of every step", lambda m: m.first.losses, in_csv=False, holds=SERIES),
-    Column("errors", "", "of the output and each gradient", lambda m: m.errors, in_csv=False, holds=dict),
-    Column("round_ms", "ms", "a step, of each round", lambda m: m.round_ms, timed=True, in_csv=False, holds=SERIES),
 ]
+MEASURED = [*ON, *OF_A_STEP, *WHERE]
 WHERE_FROM = [
     Column("git_sha", "", "the commit", holds=str),
     Column("git_dirty", "", "was the checkout changed since", holds=bool),
@@ -305,9 +310,8 @@ def described(config: Config) -> dict[str, Any]:
 
 
 def measured(found: Measured) -> dict[str, Any]:
-    """The columns that say what came out."""
+    """The columns that say what came out; of what runs no step, where it ran."""
+    said = MEASURED if found.config.workload not in OF_A_MACHINE else [*ON, *WHERE]
     return {
-        column.name: column.of(found)
-        for column in MEASURED
-        if column.of is not None and (found.timed or not column.timed)
+        column.name: column.of(found) for column in said if column.of is not None and (found.timed or not column.timed)
     }

@@ -17,7 +17,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from conf import meshes
+from conf import clusters, meshes
 from conf.groups import CHOSEN, HERE, OPEN, options, written
 from conf.keys import HUGE, Config, RopeScaling, keys
 from conf.words import Invalid, did_you_mean, in_a_line, one_of
@@ -79,7 +79,9 @@ def check_word(override: Override, values: list[Any]) -> None:
     elif name in (*CHOSEN, *OPEN):
         for value in values:
             word = value.text if isinstance(value, QuotedString) else "null" if value is None else value
-            if word not in options(name) and (name, value) != ("sweep", None):
+            if name == "cluster" and clusters.is_file(str(word)):
+                clusters.offer(str(word))
+            elif word not in options(name) and (name, value) != ("sweep", None):
                 raise Invalid(one_of(name, word, options(name)))
     elif written(name) != name:
         raise Invalid(f"{said}: {written(name)}=... chooses it, with all that belongs to it")

@@ -7,10 +7,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from conf.words import Invalid
 
 PROBE = 1 << 16  # bytes that there must be room for
 LARGEST_JSON = 64 << 20  # bytes; the index of a model of a thousand layers has 1 MB
+LARGEST_YAML = 1 << 20  # bytes; what people write has some hundred lines
 
 
 class FileFault(Invalid):
@@ -64,6 +69,21 @@ def read_json(file: Path) -> dict[str, Any]:
         raise FileFault(f"{file}: not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise FileFault(f"{file}: holds a {type(content).__name__}, and an object, {{...}}, is needed")
+    return content
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """What a YAML file holds, as Hydra would read it: names and their values. Raises FileFault."""
+    if size_of(file) > LARGEST_YAML:
+        raise FileFault(f"{file}: larger than {LARGEST_YAML >> 20} MiB, which no such file is")
+    try:
+        content: Any = OmegaConf.to_container(OmegaConf.create(file.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise FileFault(f"{file}: {error.strerror}") from None
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, AssertionError) as error:
+        raise FileFault(f"{file}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise FileFault(f"{file}: holds a {type(content).__name__}, and names with their values are needed")
     return content
 
 

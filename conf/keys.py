@@ -18,6 +18,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from conf.words import Invalid
 
 MISSING: Any = "???"  # as OmegaConf writes it: a preset or a checkpoint has the value
+OF_A_MACHINE = ("collectives", "kernels")  # workloads that measure what a step consists of, and run none
 MOST = 2**30  # of what no one has so many of
 MOST_RANKS = 2**20
 HUGE = 10**300  # what is larger becomes no float, in OmegaConf and in JSON's readers
@@ -163,7 +164,9 @@ class OptimConfig:
 class ClusterConfig:
     """A GPU and its links, one of conf/cluster/. Speeds are a GPU's, in one direction."""
 
-    name: str = key(MISSING, "the hardware that simulated ranks stand for", column="cluster")
+    name: str = key(
+        MISSING, "the hardware that simulated ranks stand for: of conf/cluster/, or a file", column="cluster"
+    )
     device_names: list[str] = key(MISSING, "as the driver calls it, in part")
     bf16_dense_tflops: float = key(MISSING, "dense 16-bit peak, TFLOP/s", above=0, most=10**6)
     mem_gb: float = key(MISSING, "memory, GiB", above=0, most=10**6)
@@ -269,7 +272,9 @@ class Config:
     mlp: MlpConfig = section(MlpConfig, "the MLPs in pieces")
     loss: LossConfig = section(LossConfig, "the loss in pieces")
     optim: OptimConfig = section(OptimConfig, "AdamW", "plain")
-    steps: int = key(5, "timed steps", least=1, most=MOST)
+    steps: int = key(
+        5, "timed steps; of workload=collectives and kernels, how often in each of 3 passes", least=1, most=MOST
+    )
     warmup: int = key(2, "steps before them", least=0, most=MOST)
     seed: int = key(0, "of weights, of random tokens, and of attention's random q, k and v", least=0, most=2**63 - 1)
     device: str = key("cpu", "cpu (gloo) | cuda (NCCL)", choices=("cpu", "cuda"))
@@ -293,8 +298,9 @@ class Config:
     )
     workload: str = key(
         "step",
-        "step: a training step | attention: the strategy's attention alone, without a model",
-        choices=("step", "attention"),
+        "step: a training step | attention: the strategy's attention alone, without a model | collectives: along each "
+        "axis, by size | kernels: what a rank computes, by size",
+        choices=("step", "attention", *OF_A_MACHINE),
     )
     direction: str = key("forward_backward", "of workload=attention", choices=("forward", "forward_backward"))
     rounds: int = key(

@@ -76,6 +76,30 @@ class Host:
     load_after: float | None = None
 
 
+@dataclass(frozen=True)
+class Work:
+    """One thing that workload=collectives or kernels times: a collective of one size, or a kernel of one shape."""
+
+    kind: str  # one of conf/clock.py's: a collective, products, attention_forward, norm, ..
+    dtype: str
+    bytes: int  # of a collective as nccl-tests counts its size; those that a kernel reads and writes (conf/series.py)
+    shape: str = ""  # of a kernel
+    tokens: int = 0
+    causal: bool = False  # of attention
+    flops: int = 0
+    axis: str = ""  # of a collective: along which, among how many ranks of how many hosts
+    ranks: int = 0
+    hosts: int = 0
+
+
+@dataclass
+class Timed:
+    """How long it took a rank, each time, in microseconds."""
+
+    work: Work
+    us: list[float]
+
+
 @dataclass
 class Rank:
     """What one rank measured."""
@@ -101,6 +125,7 @@ class Rank:
     reserved: int | None = None  # bytes, by CUDA's allocator
     foretold: bool = False  # of mode=simulate: were shallow models enough
     host: Host | None = None  # on which it ran
+    series: list[Timed] = field(default_factory=list)  # of workload=collectives and kernels
 
     @property
     def sent_bytes(self) -> float:

@@ -7,13 +7,13 @@ from typing import Any
 
 from conf.columns import columns, described
 from conf.files import FileFault, read_json
-from conf.keys import HUGE, MISSING, Config, keys, not_of
+from conf.keys import HUGE, MISSING, OF_A_MACHINE, Config, keys, not_of
 from conf.resolve import check_value
 from conf.words import Invalid
 
 STATUSES = ("ok", "invalid", "oom", "timeout", "error")
 NEEDED = ("run_id", "status", "reason", "started_at", "strategy", "seq_len")
-NEEDED_IF_OK = ("config", "peak_bytes", "comm_bytes")
+NEEDED_OF_A_STEP = ("peak_bytes", "comm_bytes")
 
 
 def read(file: Path) -> tuple[dict[str, Any], Config | None]:
@@ -48,7 +48,8 @@ def config_in(record: Mapping) -> Config | None:
 
 def faults(record: Mapping, folder: str) -> Iterator[str]:
     """What is wrong with a record that lies in this folder, a sentence each."""
-    for name in (*NEEDED, *(NEEDED_IF_OK if record.get("status") == "ok" else ())):
+    needed_if_ok = ("config", *(NEEDED_OF_A_STEP if record.get("workload") not in OF_A_MACHINE else ()))
+    for name in (*NEEDED, *(needed_if_ok if record.get("status") == "ok" else ())):
         if record.get(name) is None:
             yield f"it has no {name}"
     for column in columns():

@@ -12,7 +12,7 @@ from conf import meshes
 from conf.files import FileFault
 from conf.groups import written
 from conf.huggingface import read_config
-from conf.keys import MISSING, Config, ModelConfig, beyond, keys, multiples
+from conf.keys import MISSING, OF_A_MACHINE, Config, ModelConfig, beyond, keys, multiples
 from conf.words import Invalid, around, divisors, one_of
 
 
@@ -32,6 +32,8 @@ def resolve(written: Config) -> Resolved:
         fill_from_checkpoint(config.model)
     check_values(config)
     check_mode(config)
+    if config.workload in OF_A_MACHINE:
+        check_machine(config)
     if (peer := meshes.PEERS.get(config.strategy.name)) is not None:
         check_peer(resolved, peer)
     fill_model(config.model)
@@ -101,6 +103,22 @@ def check_mode(config: Config) -> None:
         raise Invalid(f"{key} is for mode=simulate, and mode={mode}")
     if config.search != "none" and config.cluster is None:
         raise Invalid(f"search={config.search} needs to know how much memory there is; cluster=h100 would do")
+
+
+def check_machine(config: Config) -> None:
+    """What cannot be asked of a workload that measures a machine."""
+    workload, peer = config.workload, meshes.PEERS.get(config.strategy.name)
+    if config.mode != "real":
+        raise Invalid(f"workload={workload} measures this machine, and mode={config.mode}; mode=real would do")
+    if config.rounds > 1:
+        raise Invalid(f"rounds={config.rounds}: workload={workload} is measured steps={config.steps} times; 1 would do")
+    for key, asked in (("exposed_comm", config.exposed_comm), ("profile", config.profile), ("compile", config.compile)):
+        if asked:
+            raise Invalid(f"{key}=true: workload={workload} runs no step; false or workload=step would do")
+    if peer is not None:
+        raise Invalid(f"workload={workload} runs nothing of {config.strategy.name}'s; strategy={peer.ours} would do")
+    if workload == "collectives" and config.world_size == 1:
+        raise Invalid("world_size=1: workload=collectives needs ranks that talk to each other; 2 would do")
 
 
 def check_peer(resolved: Resolved, peer: meshes.Peer) -> None:
@@ -176,12 +194,14 @@ def check_batch(resolved: Resolved) -> None:
     """Is every micro-batch as large, and has every dp rank a sequence of each?"""
     config = resolved.config
     dp, parts, batch_size = config.mesh.dp or 1, config.micro_batches, config.batch_size
-    if config.workload == "attention" and parts > 1:
-        raise Invalid(f"micro_batches={parts}: workload=attention adds no gradients up; 1 would do")
+    if config.workload != "step" and parts > 1:
+        raise Invalid(f"micro_batches={parts}: workload={config.workload} adds no gradients up; 1 would do")
     if batch_size % parts:
         near = around(parts, divisors(batch_size))
         raise Invalid(f"micro_batches={parts} must divide batch_size={batch_size}; {near} would do")
     has = config.micro_batch_size
+    if config.workload in OF_A_MACHINE:
+        return
     if has < dp and config.workload == "attention":
         raise Invalid(f"batch_size={batch_size} must be at least mesh.dp = {dp} for workload=attention; {dp} would do")
     if has < dp:

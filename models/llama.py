@@ -246,8 +246,8 @@ class Llama(nn.Module):
 
     `strategy` answers what involves other ranks; `dtype` is the dtype of the activations (and of the weights as they
     are used). recompute: with `selective` norms' outputs and the MLPs' products are made again (remade.py), with
-    `block` each block keeps its input only and runs again, and with offload that waits in the host's memory. The MLPs and the loss run in `mlp_chunks` and `loss_chunks`
-    pieces of the tokens that are here, one after the other.
+    `block` each block keeps its input only and runs again; with offload=activations that waits in the host's memory.
+    The MLPs and the loss run in `mlp_chunks` and `loss_chunks` pieces of the tokens that are here, one after the other.
     """
 
     def __init__(

@@ -30,6 +30,7 @@ from conf.keys import Config
 from conf.labels import mesh
 from conf.meshes import PEERS, STRATEGIES
 from conf.resolve import resolve
+from conf.series import SERIES
 from conf.words import Invalid
 from tests.jobs import job
 
@@ -140,7 +141,8 @@ def test_single_and_a_full_table_stand_where_nothing_is_said_of_ranks():
 
 def test_the_columns_are_printed_with_unit_and_meaning():
     lines = analysis("columns").stdout.splitlines()
-    assert [line.split()[0] for line in lines] == [column.name for column in columns()]
+    of_series = [f"{workload}.{column.name}" for workload, of_lines in SERIES.items() for column in of_lines]
+    assert [line.split()[0] for line in lines] == [*(column.name for column in columns()), *of_series]
     assert any(re.match(r"peak_bytes +B +at most", line) for line in lines)
     assert len(analysis("columns", "--format", "csv").stdout.strip().splitlines()) == len(lines) + 1
 

@@ -9,6 +9,8 @@ from bench.app import sweep as app
 from bench.app.row import resolved_here
 from bench.instruments.step import run_step
 from bench.workloads.build import build
+from conf.clock import KERNELS
+from conf.series import read
 from strategies.ops.kernels import Math, pick_kernel
 from strategies.ops.ring_attention import merge
 from tests.jobs import job
@@ -63,6 +65,19 @@ def test_a_run_on_the_gpu_is_a_row(tmp_path, monkeypatch):
     assert rows["cuda"]["peak_reserved_bytes"] >= rows["cuda"]["peak_bytes"] > 0
     assert rows["cuda"]["flops_per_rank"] == rows["cpu"]["flops_per_rank"]
     assert rows["cuda"]["loss_last"] < rows["cuda"]["loss_first"]
+
+
+def test_a_gpu_is_measured(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one = ["strategy=single", "world_size=1", "device=cuda", "precision=bf16", "seq_len=1024", "workload=kernels"]
+    row = app.run_one(job(*one, "model.dim=2048", "model.n_heads=16", "model.ffn_dim=5504"))
+    assert row["status"] == "ok", row
+    (file,) = tmp_path.glob("runs/*/*/kernels.csv")
+    lines = read(file)
+    assert {line["kind"] for line in lines} >= {*KERNELS, "products", "attention_forward", "attention_backward", "call"}
+    products = [line for line in lines if line["kind"] == "products"]
+    slow, fast = (line["gflops"] for line in sorted(products, key=lambda line: line["flops"])[:: len(products) - 1])
+    assert slow < fast
 
 
 @pytest.mark.parametrize(("strategy", "ranks"), [("single", 1), ("tp_sp", 2), ("ulysses", 2), ("ring", 2)])

@@ -15,9 +15,10 @@ from omegaconf import OmegaConf
 
 from analysis.accounts import differences
 from conf.groups import HERE
-from conf.keys import INITIAL_STD, Config, ModelConfig
+from conf.keys import INITIAL_STD, OF_A_MACHINE, Config, ModelConfig
 from conf.measurement import Measured, Rank, worst
 from conf.meshes import place
+from conf.series import lines
 
 CLOSE = {"fp32": 1e-4, "bf16": 0.03, "bf16_mixed": 0.03}  # of two ways to compute the same
 SAME = 1e-4  # of two sums of the same numbers, which are fp32 in every precision
@@ -28,6 +29,8 @@ def broken(config: Config, silent: bool, ranks: Sequence[Rank]) -> str | None:
     """What is no measurement at all, before anything is computed from it. silent: what others sent was made up."""
     if config.mode == "real" and sorted(rank.rank for rank in ranks) != list(range(config.world_size)):
         return f"{len(ranks)} ranks have measured, and they are not those of world_size={config.world_size}"
+    if config.workload in OF_A_MACHINE:
+        return broken_series(ranks)
     timed = config.steps if config.mode != "simulate" else 0
     has_loss = config.mode == "real" and config.workload == "step" and not silent
     trained = config.warmup + config.steps if has_loss else 0
@@ -48,8 +51,22 @@ def broken(config: Config, silent: bool, ranks: Sequence[Rank]) -> str | None:
     return None
 
 
+def broken_series(ranks: Sequence[Rank]) -> str | None:
+    """Of what measures a machine: ranks time the same, and time passes meanwhile."""
+    for rank in ranks:
+        if [each.work for each in rank.series] != [each.work for each in ranks[0].series] or not rank.series:
+            return f"rank {rank.rank} has timed {len(rank.series)} things, and rank {ranks[0].rank} others"
+        for timed in rank.series:
+            if not timed.us or not all(isfinite(us) and us > 0 for us in timed.us):
+                return f"the clock of rank {rank.rank} stood, or went back: {timed}"
+    return None
+
+
 def faults(found: Measured) -> Iterator[str]:
     """What cannot be right, a sentence each, what tells most first."""
+    if found.config.workload in OF_A_MACHINE:
+        yield from of_series(found)
+        return
     for each in found.rounds:
         yield from of_losses(found.config, each.ranks)
     if found.derived_bytes is not None:
@@ -165,6 +182,16 @@ def of_speed(found: Measured) -> Iterator[str]:
     limit = most_tflops(found.config, found.first.device_name)
     if limit is not None and found.tflops > limit:
         yield f"{found.tflops:,.3g} TFLOP/s is more than the device can do, which is {limit:,.3g} at most"
+
+
+def of_series(found: Measured) -> Iterator[str]:
+    """Of what was timed of a machine."""
+    if (limit := most_tflops(found.config, found.first.device_name)) is None:
+        return
+    for line in lines(found.ranks):
+        if (rate := line.giga(line.work.flops) / 1000) > limit:
+            what = f"{line.work.kind} ({line.work.shape}): {rate:,.3g} TFLOP/s"
+            yield f"{what} is more than the device can do, which is {limit:,.3g} at most"
 
 
 def most_tflops(config: Config, device_name: str | None) -> float | None:

@@ -26,11 +26,12 @@ from conf.files import FileFault, check_writable, status
 from conf.keys import Config, run_id
 from conf.labels import title
 from conf.measurement import Entry
+from conf.series import SERIES
 
 ROOT = Path(__file__).parents[2]
 RUNS = Path("runs")
 Row = dict[str, Any]
-STRAYS = ("results.tmp", "*/record.tmp", "*/comm.tmp")
+STRAYS = ("results.tmp", "*/record.tmp", "*/comm.tmp", *(f"*/{workload}.tmp" for workload in SERIES))
 saving = threading.Lock()  # simulated configurations run several at a time
 
 
@@ -58,13 +59,19 @@ def opened(folder: Path, shared: bool, say: Callable[[str], None]) -> Iterator[N
         yield
 
 
-def save(folder: Path, row: Row, comm: Iterable[Entry], instead_of: Iterable[str] = ()) -> None:
+def save(
+    folder: Path, row: Row, comm: Iterable[Entry], instead_of: Iterable[str] = (), series: Sequence[Mapping] = ()
+) -> None:
     """Write one configuration's record and its comm.csv, and the sweep's results.csv without the rows it replaces.
 
-    Raises Unwritable, and all files are as they were.
+    series: of what measures a machine, the lines of the csv that is there instead of comm.csv. Raises Unwritable, and
+    all files are as they were.
     """
     target = folder / row["run_id"]
     lines = [{**asdict(entry), "sent_bytes": round(entry.sent_bytes)} for entry in comm]
+    beside = {"comm.csv": table(COMM_COLUMNS, lines)}
+    if series:
+        beside = {f"{row['workload']}.csv": table([column.name for column in SERIES[row["workload"]]], series)}
     text = json.dumps(finite(row), indent=2)
     gone = {*instead_of, row["run_id"]}
     with writing(folder, f"the row of {title(row, [])}"):
@@ -72,7 +79,7 @@ def save(folder: Path, row: Row, comm: Iterable[Entry], instead_of: Iterable[str
         target.mkdir(parents=True, exist_ok=True)
         replace(
             {
-                target / "comm.csv": table(COMM_COLUMNS, lines),
+                **{target / name: text for name, text in beside.items()},
                 target / "record.json": text + "\n",
                 folder / "results.csv": table(csv_columns(), by_age(rows)),
             }

@@ -13,10 +13,11 @@ from bench.app.records import Row
 from bench.ranks.task import Outcome, Task
 from bench.simulation.fit import longest
 from conf.columns import described, measured
-from conf.keys import Config, run_id
+from conf.keys import OF_A_MACHINE, Config, run_id
 from conf.measurement import Entry, Measured, Round
 from conf.meshes import PEERS
 from conf.resolve import Resolved, resolve
+from conf.series import written
 from conf.words import Invalid
 
 Launcher = Callable[[Task, str], Outcome]  # of a task, and what is special about it
@@ -40,6 +41,7 @@ def run(job: Job, rerun: str, launcher: Launcher, rounds: list[Round] | None = N
     began = datetime.now(UTC).isoformat(timespec="milliseconds")
     where_from = {**records.provenance(), "command": job.command, "started_at": began}
     comm: list[Entry] = []
+    series: list[dict] = []
     replaced = []  # rows of the same under another id: of an older version, or refused before it could be resolved
     try:
         resolved = resolved_here(job.config)
@@ -58,12 +60,15 @@ def run(job: Job, rerun: str, launcher: Launcher, rounds: list[Round] | None = N
             row["traceback"] = outcome.traceback
         if outcome.status == "ok":
             found = Measured(config, rounds, seconds=outcome.seconds, peak_tflops=peak_tflops(config, rounds))
-            put_derived(resolved, found)
+            if config.workload in OF_A_MACHINE:
+                series = written(config.workload, found.ranks)
+            else:
+                put_derived(resolved, found)
             row |= {**measured(found), "reason": "; ".join(resolved.notes)}
             row |= judged(found, row["reason"]) or fit(config, row, launcher)
             comm = found.busiest.comm
     row |= {**where_from, "seconds": round(time.time() - started, 3)}
-    records.save(folder, row, comm, replaced)
+    records.save(folder, row, comm, replaced, series)
     return row
 
 

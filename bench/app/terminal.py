@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -14,9 +15,10 @@ from bench.app.row import gib
 from bench.ranks.task import Outcome, Task
 from conf.columns import MEASURED
 from conf.groups import written
-from conf.keys import Key
+from conf.keys import OF_A_MACHINE, Key
 from conf.labels import swept, text, title, where
 from conf.measurement import NOISY
+from conf.series import read, summary
 
 console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True, highlight=False, markup=False)
 
@@ -44,6 +46,8 @@ def outcome_line(row: Row) -> str:
     if row["status"] != "ok":
         return f"{row['status']}: {row['reason']}"
     kept = " (kept from an earlier run)" if row.get("kept") else ""
+    if row["workload"] in OF_A_MACHINE:
+        return f"timed, in {row['mode_seconds']:.0f} s{kept}"
     if row.get("step_ms_median") is None:
         return f"{gib(row['peak_bytes'])} at most on a rank, {row['comm_bytes'] / 2**20:,.1f} MiB sent{kept}"
     return f"{row['step_ms_median']:.1f} ms a step{kept}"
@@ -65,6 +69,17 @@ def cells(row: Row, among: Sequence[Key]) -> dict[str, str]:
     return found
 
 
+def print_series(row: Row, file: Path, among: Sequence[Key]) -> None:
+    """What was measured of the machine, in short."""
+    lines = summary(row["workload"], read(file))
+    table = Table(title=title(row, among), title_justify="left", caption=f"{file} has it all", caption_justify="left")
+    for head in lines[0]:
+        table.add_column(head, justify="right" if row["workload"] == "collectives" else "left")
+    for line in lines:
+        table.add_row(*line.values())
+    console.print(table)
+
+
 def print_table(rows: list[Row], name: str) -> None:
     """One line a row: its strategy, mesh and length, what was swept, and the columns that some row has a value for."""
     among = swept(rows)
@@ -81,6 +96,8 @@ def print_table(rows: list[Row], name: str) -> None:
     if all(row["mode"] == "simulate" for row in rows):
         console.print("mode=simulate has no clock yet: times are left empty")
     for row in rows:
+        if row["workload"] in OF_A_MACHINE and row["status"] == "ok":
+            print_series(row, records.RUNS / name / row["run_id"] / f"{row['workload']}.csv", among)
         if row["reason"]:
             console.print(f"{title(row, among)} · {row['status']}: {row['reason']}")
     results = os.path.join(records.RUNS, name, "results.csv")

@@ -21,7 +21,7 @@ from strategies.ops.mesh import Axis
 
 @dataclass
 class Observed:
-    """One rank's step: the lines of comm.csv, FLOPs, and bytes held: at most, by place, when forward ended; by the host."""
+    """One rank's step: the lines of comm.csv, FLOPs, bytes held: at most, by place; when forward ended; by the host."""
 
     comm: list[Entry]
     flops: int

@@ -30,11 +30,12 @@ from bench.ranks import ends
 from bench.ranks.task import Failure, Meeting, Ready, Task
 from bench.simulation.emulated import stand_for
 from bench.simulation.simulate import simulate
+from bench.workloads import collectives, kernels
 from bench.workloads.attention import AttentionAlone
-from bench.workloads.build import build
+from bench.workloads.build import build, build_strategy
 from bench.workloads.training import PRECISIONS, Training
-from conf.keys import Config
-from conf.measurement import Rank
+from conf.keys import OF_A_MACHINE, Config
+from conf.measurement import Peak, Rank, Timed, Work
 from models import checkpoint
 from models.offload import waiting
 from strategies.ops.weights import whole_parameters
@@ -105,7 +106,7 @@ def run(rank: int, task: Task, meeting: Meeting, progress: Callable[[str], None]
         cluster = task.config.cluster
         return measured(observed, device_name=cluster.name if cluster else None, foretold=foretold)
     load_before = machine.load()
-    found = run_steps(task, progress)
+    found = (run_series if task.config.workload in OF_A_MACHINE else run_steps)(task, progress)
     found.host = machine.facts(meeting.interface, task.config.device, load_before)
     return found
 
@@ -184,12 +185,30 @@ def run_steps(task: Task, progress: Callable[[str], None]) -> Rank:
     progress("counting")
     waiting.around = nullcontext
     observed = observe(workload, batches, MemoryLog(config.device, workload.state()))
-    device_name = torch.cuda.get_device_name() if on_gpu else machine.cpu_name()
-    counted = measured(observed, device_name=device_name, **found)
+    counted = measured(observed, device_name=device_name(config), **found)
     if allocated is not None:  # the real allocator's peak includes what kernels take inside themselves
         peak = counted.peak
         counted.peak = replace(peak, total=allocated, other=peak.other + allocated - peak.total)
     return counted
+
+
+SERIES = {"collectives": collectives.measured, "kernels": kernels.measured}
+PASSES = 3  # through a whole series: what disturbs the machine for a moment meets none of its parts in all of them
+NOTHING = Observed([], 0, {"": Peak()}, 0)
+
+
+def run_series(task: Task, progress: Callable[[str], None]) -> Rank:
+    """Time one thing after the other, of those of which a step consists."""
+    config, strategy, series = task.config, build_strategy(task.config), dict[Work, Timed]()
+    for n in range(PASSES):
+        for timed in SERIES[config.workload](config, strategy):
+            series.setdefault(timed.work, Timed(timed.work, [])).us.extend(timed.us)
+            progress(f"pass {n + 1}/{PASSES} {timed.work.kind} {timed.work.shape or timed.work.bytes}")
+    return measured(NOTHING, device_name=device_name(config), series=list(series.values()))
+
+
+def device_name(config: Config) -> str:
+    return torch.cuda.get_device_name() if config.device == "cuda" else machine.cpu_name()
 
 
 def measured(observed: Observed, **found: Any) -> Rank:

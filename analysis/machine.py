@@ -1,0 +1,54 @@
+"""What was measured of a machine, as the points of each of a clock's rates (conf/clock.py), by its name there."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from analysis.curves import Points
+from analysis.reading import Sweep
+from conf.clock import KERNELS, computed
+
+ATTENTION = ("attention_forward", "attention_backward")
+BY_FLOPS = ("products", *ATTENTION)
+
+
+def of_kernels(sweep: Sweep, tile: int = 1) -> dict[str, Points]:
+    """products, attention_.. and the other kernels. tile: of a causal block, keys that are computed as one."""
+    lines = [line for table in sweep.measured("kernels").values() for line in table]
+    named = {name: [line for line in lines if line["kind"] == name] for name in (*BY_FLOPS, *KERNELS)}
+    return {
+        name: points([line["flops"] * share(line, tile) for line in here], here, "FLOP")
+        if name in BY_FLOPS
+        else points([line["bytes"] for line in here], here, "B")
+        for name, here in named.items()
+        if here
+    }
+
+
+def share(line: dict[str, Any], tile: int) -> float:
+    """What is computed of a block, over what of it is visible."""
+    return computed(line["tokens"], tile) / computed(line["tokens"], 1) if line["causal"] else 1.0
+
+
+def of_links(sweep: Sweep) -> dict[tuple[str, str, int], Points]:
+    """(intra or inter, kind, ranks or nodes) -> by bytes that a rank sends."""
+    found: dict[tuple[str, str, int], list[dict]] = {}
+    for line in (line for table in sweep.measured("collectives").values() for line in table):
+        tier, size = ("inter", line["hosts"]) if line["hosts"] > 1 else ("intra", line["ranks"])
+        found.setdefault((tier, line["kind"], size), []).append(line)
+    return {key: points([line["sent_bytes"] for line in here], here, "B") for key, here in found.items()}
+
+
+def points(work: list[float], lines: list[dict], unit: str) -> Points:
+    return Points(np.array(work, dtype=float), np.array([line["time_us"] for line in lines]), unit)
+
+
+def us_of_a_call(sweep: Sweep) -> float | None:
+    found = list(calls(sweep))
+    return round(float(np.median(found)), 3) if found else None
+
+
+def calls(sweep: Sweep) -> Iterator[float]:
+    for table in sweep.measured("kernels").values():
+        yield from (line["time_us"] for line in table if line["kind"] == "call")

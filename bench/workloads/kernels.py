@@ -1,0 +1,162 @@
+"""workload=kernels: what a rank computes, by size: the model's matrix products, attention, and what is between them.
+
+Shapes are the model's, a tp rank's part of them, at seq_len tokens and half, a quarter, .. of it. All ranks compute at
+the same time, with as many threads each as in a training step: they share the memory, as they do there. FLOPs are those
+of bench/instruments/flops.py, bytes those of conf/series.py.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.instruments.timing import in_turn, repeated
+from bench.workloads.training import PRECISIONS
+from conf.keys import Config, ModelConfig
+from conf.measurement import Timed, Work
+from conf.series import moved
+from models.llama import RMSNorm, Rotary, SwiGLU, rope_tables
+from strategies.base import Strategy
+from strategies.ops.ring_attention import accumulator, merge
+
+LENGTHS = 6  # of tokens, each half of the one before
+CALLS = 200  # of a tiny operation, timed together: fewer than a GPU's queue has room for
+Kernel = tuple[Work, Callable[[], object]]
+
+
+def measured(config: Config, strategy: Strategy) -> Iterator[Timed]:
+    """All kernels of a length in turn, on all ranks the same.
+
+    In a loop of its own each would find its data in the caches, and not as it does in a step.
+    """
+    for tokens in lengths(config.seq_len):
+        works, runs = zip(*kernels(config, strategy, tokens), strict=True)
+        if dist.is_initialized():
+            dist.barrier()
+        us = in_turn(runs, config.steps, config.warmup, config.device)
+        yield from map(Timed, works, us)
+    yield time_of_a_call(config)
+
+
+def kernels(config: Config, strategy: Strategy, tokens: int) -> Iterator[Kernel]:
+    """Each with its inputs."""
+    model, dtype = of_a_rank(config.model, strategy.mesh.tp.size), strategy.options.compute_dtype
+    yield from products(model, tokens, dtype, config.device)
+    yield from attention(model, tokens, strategy)
+    yield from between(model, tokens, dtype, config.device)
+    yield optimizer(model.dim * tokens, PRECISIONS[config.precision][0], config.device)
+
+
+def of_a_rank(model: ModelConfig, tp: int) -> ModelConfig:
+    """A tp rank's part of the heads and of the columns."""
+    heads, kv_heads = (max(1, n // tp) for n in (model.n_heads, model.n_kv_heads))
+    ffn_dim, vocab_size = (-(-n // tp) for n in (model.ffn_dim, model.vocab_size))
+    return replace(model, n_heads=heads, n_kv_heads=kv_heads, ffn_dim=ffn_dim, vocab_size=vocab_size)
+
+
+def lengths(longest: int) -> list[int]:
+    return sorted({max(1, longest >> n) for n in range(LENGTHS)})
+
+
+def products(model: ModelConfig, tokens: int, dtype: torch.dtype, device: str) -> Iterator[Kernel]:
+    """y = x W^T of each matrix of a block and of the head, and both products of its backward."""
+    q, kv = model.n_heads * model.dim_of_head, model.n_kv_heads * model.dim_of_head
+    d, f = model.dim, model.ffn_dim
+    for n_in, n_out in dict.fromkeys([(d, q), (d, kv), (q, d), (d, f), (f, d), (d, model.vocab_size)]):
+        x, weight, grad = (random(device, dtype, *shape) for shape in ((tokens, n_in), (n_out, n_in), (tokens, n_out)))
+        runs = {
+            "x W": partial(F.linear, x, weight),
+            "gradient of x": partial(torch.mm, grad, weight),
+            "gradient of W": partial(torch.mm, grad.t(), x),
+        }
+        for what, run in runs.items():
+            size = (x.numel() + weight.numel() + grad.numel()) * dtype.itemsize
+            shape = f"{what}, {tokens} x {n_in} x {n_out}"
+            yield Work("products", name(dtype), size, shape, tokens, flops=2 * tokens * n_in * n_out), run
+
+
+def attention(model: ModelConfig, tokens: int, strategy: Strategy) -> Iterator[Kernel]:
+    """The strategy's kernel, on a block that sees itself (causal) and on one that visits (full)."""
+    kernel, dtype, device = strategy.options.kernel, strategy.options.compute_dtype, strategy.mesh.device
+    heads, kv_heads, head_dim = model.n_heads, model.n_kv_heads, model.dim_of_head
+    q, k, v, grad = (random(device, dtype, 1, tokens, n, head_dim) for n in (heads, kv_heads, kv_heads, heads))
+    for causal in (True, False):
+        out, lse = kernel.forward(q, k, v, causal)
+        scores = heads * (tokens * (tokens + 1) // 2 if causal else tokens * tokens)
+        shape = f"{tokens} {'causal' if causal else 'full'}, {heads} heads ({kv_heads}) of {head_dim}"
+        size = 2 * (q.numel() + k.numel()) * dtype.itemsize
+        flops = head_dim * scores
+        forward = Work("attention_forward", name(dtype), size, shape, tokens, causal, 4 * flops)
+        yield forward, partial(kernel.forward, q, k, v, causal)
+        backward = Work("attention_backward", name(dtype), 2 * size, shape, tokens, causal, 10 * flops)
+        yield backward, partial(kernel.backward, grad, q, k, v, out, lse, causal)
+
+
+def between(model: ModelConfig, tokens: int, dtype: torch.dtype, device: str) -> Iterator[Kernel]:
+    """Norm, rotary embedding and activation, forward and backward; ring's merge, a residual addition, a copy."""
+    x, y = (random(device, dtype, 1, tokens, model.dim) for _ in range(2))
+    q = random(device, dtype, 1, tokens, model.n_heads, model.dim_of_head)
+    gate, up = (random(device, dtype, 1, tokens, model.ffn_dim) for _ in range(2))
+    rope = rope_tables(torch.arange(tokens, device=device), model, dtype)
+    norm = RMSNorm(model.dim, model.norm_eps).to(device, dtype)
+    yield from both_ways("norm", norm, x)
+    yield from both_ways("rotary", Rotary(), q, rope)
+    yield from both_ways("swiglu", SwiGLU(), gate, up)
+    out = accumulator(q.clone())
+    lse = random(device, out.dtype, 1, model.n_heads, tokens)
+    yield of_bytes("merge", q), partial(merge, out, lse, q, lse.clone())
+    yield of_bytes("other", x), partial(torch.add, x, y)
+    yield of_bytes("copy", x), partial(y.copy_, x)
+
+
+def both_ways(kind: str, module: nn.Module, *inputs: object) -> Iterator[Kernel]:
+    """Forward, as it is in training; and backward again and again from one forward."""
+    leaves = [each.detach().requires_grad_() if isinstance(each, Tensor) else each for each in inputs]
+    wanted = [each for each in (*leaves, *module.parameters()) if isinstance(each, Tensor)]
+    out = module(*leaves)
+    grad = torch.ones_like(out)
+    yield of_bytes(kind, out), partial(module, *leaves)
+    backward = partial(torch.autograd.grad, out, wanted, grad, retain_graph=True)
+    yield of_bytes(kind, out, backward=True), backward
+
+
+def of_bytes(kind: str, out: Tensor, backward: bool = False) -> Work:
+    size = moved(f"{kind} backward" if backward else kind, out.numel(), out.element_size())
+    shape = f"{'backward, ' if backward else ''}{' x '.join(map(str, out.shape[1:]))}"
+    return Work(kind, name(out.dtype), size, shape, out.shape[1])
+
+
+def optimizer(elements: int, dtype: torch.dtype, device: str) -> Kernel:
+    """AdamW as a training step has it, on so many weights."""
+    weight = nn.Parameter(random(device, dtype, elements))
+    weight.grad = torch.ones_like(weight)
+    adamw = torch.optim.AdamW([weight], fused=True)
+    return Work("optimizer", name(dtype), moved("optimizer", elements, dtype.itemsize), str(elements)), adamw.step
+
+
+def time_of_a_call(config: Config) -> Timed:
+    """The host's time for one operation on one element: its clock, for a GPU is not waited for."""
+    x = torch.zeros(1, device=config.device)
+
+    def calls() -> None:
+        for _ in range(CALLS):
+            x.add_(1)
+
+    us = []
+    for _ in range(config.warmup + config.steps):
+        if config.device == "cuda":
+            torch.cuda.synchronize()
+        us += repeated(calls, 1, 0, "cpu")
+    return Timed(Work("call", name(x.dtype), 0, "1"), [each / CALLS for each in us[config.warmup :]])
+
+
+def random(device: str, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(shape, device=device).to(dtype)
+
+
+def name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
