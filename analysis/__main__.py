@@ -1,4 +1,4 @@
-"""python -m analysis table | report | sources | compare | columns ...   (--help after each says more)"""
+"""python -m analysis table | report | sources | compare | columns | published ...   (--help after each says more)"""
 
 import argparse
 import sys
@@ -14,7 +14,9 @@ def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(
         prog="python -m analysis", description="What it costs, by the book and by the meter."
     )
-    commands = main.add_subparsers(dest="command", required=True, metavar="table|report|sources|compare|columns")
+    commands = main.add_subparsers(
+        dest="command", required=True, metavar="table|report|sources|compare|columns|published"
+    )
 
     table = commands.add_parser("table", help="the analytic cost table: formulas, or values of one configuration")
     table.add_argument("--format", choices=FORMATS, default="text")
@@ -39,6 +41,17 @@ def parser() -> argparse.ArgumentParser:
 
     columns = commands.add_parser("columns", help="every column of results.csv: its unit and its meaning")
     columns.add_argument("--format", choices=FORMATS, default="text")
+
+    published = commands.add_parser(
+        "published", help="published memory figures beside ours, simulated where they are not yet"
+    )
+    published.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        default=Path("docs/published_memory.md"),
+        help="default: docs/published_memory.md",
+    )
     return main
 
 
@@ -65,6 +78,10 @@ def answer(arguments: argparse.Namespace) -> tuple[object, list[str]]:
         from analysis import compare
 
         return compare.printed(arguments.a, arguments.b)
+    if arguments.command == "published":
+        from analysis import published
+
+        return published.write(arguments.out), []
     if arguments.command == "report":
         from analysis import report
 
