@@ -1,4 +1,4 @@
-"""python -m analysis table | report | sources | compare | columns | calibrate ...   (--help after each says more)"""
+"""python -m analysis table | report | sources | compare | columns | calibrate | published ...   (--help after each says more)"""
 
 import argparse
 import sys
@@ -15,7 +15,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m analysis", description="What it costs, by the book and by the meter."
     )
     commands = main.add_subparsers(
-        dest="command", required=True, metavar="table|report|sources|compare|columns|calibrate"
+        dest="command", required=True, metavar="table|report|sources|compare|columns|calibrate|published"
     )
 
     table = commands.add_parser("table", help="the analytic cost table: formulas, or values of one configuration")
@@ -45,6 +45,16 @@ def parser() -> argparse.ArgumentParser:
     calibrate = commands.add_parser("calibrate", help="a cluster's file from what sweep=calibrate measured on it")
     calibrate.add_argument("folder", type=Path, metavar="runs/calibrate")
     calibrate.add_argument("--out", type=Path, metavar="FILE.yaml", help="default: cluster.yaml in the folder")
+    published = commands.add_parser(
+        "published", help="published memory figures beside ours, simulated where they are not yet"
+    )
+    published.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        default=Path("docs/published_memory.md"),
+        help="default: docs/published_memory.md",
+    )
     return main
 
 
@@ -75,6 +85,10 @@ def answer(arguments: argparse.Namespace) -> tuple[object, list[str]]:
         from analysis import calibrate
 
         return calibrate.printed(arguments.folder, arguments.out), []
+    if arguments.command == "published":
+        from analysis import published
+
+        return published.write(arguments.out), []
     if arguments.command == "report":
         from analysis import report
 

@@ -1,0 +1,1 @@
+"""Figures that others have published, with source and conditions: memory.csv, read by analysis/published.py."""
