@@ -1,4 +1,4 @@
-"""python -m analysis table | report | sources | compare | columns | calibrate | published ...   (--help after each says more)"""
+"""python -m analysis table | report | sources | compare | columns | calibrate | published ...   (--help says more)"""
 
 import argparse
 import sys

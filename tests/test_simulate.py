@@ -133,8 +133,8 @@ def test_what_does_not_fit_says_so_and_what_would(tmp_path, monkeypatch):
     """llama3_8b's state alone is over 80 GB on 2 ranks; on 32 it depends on the sequence."""
     monkeypatch.setattr(records, "RUNS", tmp_path)
 
-    def row_of(*overrides: str) -> dict:
-        return run(job(*overrides), "all", app.Families(launch))
+    def row_of(*overrides: str, rerun: str = "all") -> dict:
+        return run(job(*overrides), rerun, app.Families(launch))
 
     big = [
         "mode=simulate",
@@ -146,14 +146,20 @@ def test_what_does_not_fit_says_so_and_what_would(tmp_path, monkeypatch):
     ]
     never = row_of(*big, "world_size=1", "search=max_seq_len", "model.n_layers=64")
     assert (never["status"], never["max_seq_len"]) == ("oom", 0)
-    row = row_of(*big, "world_size=32", "seq_len=4194304", "search=max_seq_len", "model.n_layers=5")
+    row = row_of(*big, "world_size=32", "seq_len=4194304", "model.n_layers=5")
     assert row["status"] == "oom"
     assert f"{row['peak_bytes'] / 2**30:.1f} GiB and a H100-80G-SXM has 80.0 GiB, of which 1.5 GiB is" in row["reason"]
-    assert f"seq_len={row['max_seq_len']} is the longest that fits" in row["reason"]
-    at = row_of(*big, "world_size=32", f"seq_len={row['max_seq_len']}", "model.n_layers=5")
+    asked = row_of(*big, "world_size=32", "seq_len=4194304", "search=max_seq_len", "model.n_layers=5")
+    assert (asked["status"], asked["seq_len"]) == ("ok", asked["max_seq_len"])
+    assert asked["reason"] == f"seq_len={asked['max_seq_len']} is the longest that fits"
+    kept = row_of(*big, "world_size=32", "seq_len=4194304", "search=max_seq_len", "model.n_layers=5", rerun="none")
+    assert kept["kept"] and kept["seq_len"] == asked["seq_len"]
+    at = row_of(*big, "world_size=32", f"seq_len={asked['max_seq_len']}", "model.n_layers=5")
     assert (at["status"], at["losses"]) == ("ok", [])
     assert at["peak_bytes"] <= at["capacity_bytes"] - at["context_bytes"] < row["peak_bytes"]
-    assert (at["fits"], row["fits"]) == ("tight", "oom")
+    assert (at["fits"], asked["fits"], row["fits"]) == ("tight", "tight", "oom")
+    for column in ("peak_bytes", "activation_bytes", "comm_bytes", "analytic_comm_bytes", "flops_per_rank"):
+        assert asked[column] == at[column], column
     assert row_of(*big, "world_size=32", "seq_len=65536", "model.n_layers=5")["fits"] == "ok"
     assert at["mode_seconds"] > 0
     assert at.get("step_ms_median") is None

@@ -54,18 +54,21 @@ def run(job: Job, rerun: str, launcher: Launcher, rounds: list[Round] | None = N
             return {**stored, "kept": True}
         replaced = [run_id(job.config), *([stored["run_id"]] if stored else [])]
         row = {"run_id": run_id(config), "status": "", "reason": "", **described(config), "config": asdict(config)}
-        outcome = launched(config, str((folder / row["run_id"]).resolve()), launcher, rounds)
+        answer, fault = searched(resolved, launcher)
+        row |= answer
+        traces = str((folder / row["run_id"]).resolve())
+        outcome = Outcome("error", fault, []) if fault else launched(resolved.config, traces, launcher, rounds)
         row |= {"status": outcome.status, "reason": outcome.reason}
         if outcome.traceback:
             row["traceback"] = outcome.traceback
         if outcome.status == "ok":
-            found = Measured(config, rounds, seconds=outcome.seconds, peak_tflops=peak_tflops(config, rounds))
+            found = Measured(resolved.config, rounds, seconds=outcome.seconds, peak_tflops=peak_tflops(config, rounds))
             if config.workload in OF_A_MACHINE:
                 series = written(config.workload, found.ranks)
             else:
                 put_derived(resolved, found)
             row |= {**measured(found), "reason": "; ".join(resolved.notes)}
-            row |= judged(found, row["reason"]) or fit(config, row, launcher)
+            row |= judged(found, row["reason"]) or fit(resolved.config, row)
             comm = found.busiest.comm
     row |= {**where_from, "seconds": round(time.time() - started, 3)}
     records.save(folder, row, comm, replaced, series)
@@ -125,18 +128,21 @@ def judged(found: Measured, noted: str) -> Row:
     return {}
 
 
-def fit(config: Config, row: Row, launcher: Launcher) -> Row:
-    """Does the simulated rank fit into its GPU, and, if that is asked, up to which sequence would it?"""
-    if config.mode != "simulate" or config.cluster is None:
+def fit(config: Config, row: Row) -> Row:
+    """Does the simulated rank fit into its GPU?"""
+    if config.mode != "simulate" or config.cluster is None or row["fits"] != "oom":
         return {}
-    peak, room = row["peak_bytes"], row["capacity_bytes"] - row["context_bytes"]
-    status, reason = row["status"], row["reason"]
-    if row["fits"] == "oom":
-        has = f"{gib(row['capacity_bytes'])}, of which {gib(row['context_bytes'])} is taken before it begins"
-        have = f"the fullest rank holds {gib(peak)} and a {config.cluster.name} has {has}"
-        status, reason = "oom", joined(have, reason)
-    if config.search == "none":
-        return {"status": status, "reason": reason}
+    has = f"{gib(row['capacity_bytes'])}, of which {gib(row['context_bytes'])} is taken before it begins"
+    have = f"the fullest rank holds {gib(row['peak_bytes'])} and a {config.cluster.name} has {has}"
+    return {"status": "oom", "reason": joined(have, row["reason"])}
+
+
+def searched(resolved: Resolved, launcher: Launcher) -> tuple[Row, str]:
+    """search=max_seq_len: the longest sequence that fits is from here on the configuration's; or why it has none."""
+    config = resolved.config
+    if config.search == "none" or config.cluster is None:
+        return {}, ""
+    room = int((config.cluster.mem_gb - config.cluster.context_gb) * 2**30)
 
     def peak_of(seq_len: int) -> int:
         outcome = launcher(Task(replace(config, seq_len=seq_len)), f"does seq_len={seq_len} fit?")
@@ -147,9 +153,12 @@ def fit(config: Config, row: Row, launcher: Launcher) -> Row:
     try:
         found = longest(config, room, peak_of)
     except RuntimeError as error:
-        return {"status": "error", "reason": str(error)}
-    said = f"seq_len={found} is the longest that fits" if found else "no sequence is short enough to fit"
-    return {"status": status, "reason": joined(reason, said), "max_seq_len": found}
+        return {}, str(error)
+    resolved.notes.append(
+        f"seq_len={found} is the longest that fits" if found else "no sequence is short enough to fit"
+    )
+    resolved.config = replace(config, seq_len=found or config.seq_len)
+    return {"seq_len": resolved.config.seq_len, "max_seq_len": found}, ""
 
 
 def joined(*parts: str) -> str:

@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 from bench.instruments.instrument import Instrument, replaced
 from bench.instruments.lent import Lent
 from conf.measurement import Peak
-from models import offload  # noqa: F401 (whose operations are named below)
 
 
 @dataclass
@@ -85,7 +84,7 @@ class MemoryLog(Instrument):
     def saw(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
         if func.namespace == "c10d":
             return  # it writes into what it is lent
-        role = "host" if func is torch.ops.offload.to_host.default else "other"
+        role = "host" if func._schema.name == "offload::to_host" else "other"
         for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(tensor, Tensor) and getattr(tensor, "fake_mode", None) is self.fake_mode:
                 self.see(tensor.untyped_storage(), role)
