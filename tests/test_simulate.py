@@ -153,7 +153,8 @@ def test_what_does_not_fit_says_so_and_what_would(tmp_path, monkeypatch):
     assert (asked["status"], asked["seq_len"]) == ("ok", asked["max_seq_len"])
     assert asked["reason"] == f"seq_len={asked['max_seq_len']} is the longest that fits"
     kept = row_of(*big, "world_size=32", "seq_len=4194304", "search=max_seq_len", "model.n_layers=5", rerun="none")
-    assert kept["kept"] and kept["seq_len"] == asked["seq_len"]
+    assert kept["kept"]
+    assert kept["seq_len"] == asked["seq_len"]
     at = row_of(*big, "world_size=32", f"seq_len={asked['max_seq_len']}", "model.n_layers=5")
     assert (at["status"], at["losses"]) == ("ok", [])
     assert at["peak_bytes"] <= at["capacity_bytes"] - at["context_bytes"] < row["peak_bytes"]

@@ -54,10 +54,12 @@ def run(job: Job, rerun: str, launcher: Launcher, rounds: list[Round] | None = N
             return {**stored, "kept": True}
         replaced = [run_id(job.config), *([stored["run_id"]] if stored else [])]
         row = {"run_id": run_id(config), "status": "", "reason": "", **described(config), "config": asdict(config)}
-        answer, fault = searched(resolved, launcher)
+        answer, unanswered = searched(resolved, launcher)
         row |= answer
         traces = str((folder / row["run_id"]).resolve())
-        outcome = Outcome("error", fault, []) if fault else launched(resolved.config, traces, launcher, rounds)
+        outcome = (
+            Outcome("error", unanswered, []) if unanswered else launched(resolved.config, traces, launcher, rounds)
+        )
         row |= {"status": outcome.status, "reason": outcome.reason}
         if outcome.traceback:
             row["traceback"] = outcome.traceback
