@@ -254,9 +254,7 @@ def ulysses_by_ring(sweep: Sweep) -> Figure:
                 x, y, f"{cells[y, x]:.2f}", ha="center", va="center", color="white" if cells[y, x] > middle else "black"
             )
         else:
-            ax.add_patch(
-                plt.Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, hatch="///", edgecolor="#dddddd", linewidth=0)
-            )
+            ax.add_patch(hatched(x, y))
             said = here.reason.iloc[0] if not here.empty else "not run"
             said = "\n".join(textwrap.wrap(said, 20, max_lines=6, placeholder=" ..."))
             ax.text(x, y, said, ha="center", va="center", fontsize=5.5)
@@ -268,6 +266,11 @@ def ulysses_by_ring(sweep: Sweep) -> Figure:
     figure.colorbar(image, label="step time / best", shrink=0.8)
     ax.set_title(f"{strategy}: 1.00 is {best:.1f} ms", loc="left")
     return figure
+
+
+def hatched(x: int, y: int) -> plt.Rectangle:
+    """A cell of a grid that holds nothing."""
+    return plt.Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, hatch="///", edgecolor="#dddddd", linewidth=0)
 
 
 def scaling(sweep: Sweep, weak: bool) -> Figure:
@@ -298,6 +301,57 @@ def scaling(sweep: Sweep, weak: bool) -> Figure:
     what = f"{chosen:,} tokens a rank" if weak else f"seq_len={chosen:,}"
     ax.set_title(f"{kind} scaling at {what}, each strategy's best mesh", loc="left")
     return figure
+
+
+def longest_that_fits(sweep: Sweep) -> Figure:
+    """Of search=max_seq_len: strategy and ranks by what is kept for backward, a panel for each GPU and model."""
+    asked = sweep.rows[sweep.rows.max_seq_len.notna()].copy()
+    if len(asked) < 2:
+        raise Unavailable("The longest sequence that fits: fewer than two rows have search=max_seq_len.")
+    asked["kept"] = asked.recompute + asked.offload.map(lambda word: "" if word == "none" else " +\noffload")
+    columns = sorted(asked.kept.unique(), key=[*asked.kept.sort_values(key=how_much), ""].index)
+    asked["who"] = asked.strategy + ", " + asked.world_size.astype(int).astype(str)
+    lines = list(dict.fromkeys(asked.sort_values("world_size", kind="stable").who))
+    panels = list(asked.groupby(["model", "cluster"], sort=False))
+    across = min(2, len(panels))
+    down = -(-len(panels) // across)
+    size = (1.8 + 0.95 * len(columns) * across, 0.9 + down * (0.5 + 0.3 * len(lines)))
+    figure, axes = plt.subplots(down, across, figsize=size, layout="constrained", sharey=True, squeeze=False)
+    highest = np.log2(asked.max_seq_len.max())
+    for ax, ((model, cluster), part) in zip(axes.flat, panels, strict=False):
+        best = part.pivot_table(index="who", columns="kept", values="max_seq_len", aggfunc="max")
+        best = best.reindex(index=lines, columns=columns)
+        shades = np.log2(best.clip(lower=1)).to_numpy()
+        image = ax.imshow(shades, cmap="viridis", vmin=highest - 10, vmax=highest, aspect="auto")
+        for y, x in np.ndindex(shades.shape):
+            if np.isnan(shades[y, x]):
+                ax.add_patch(hatched(x, y))
+                continue
+            ink = "black" if shades[y, x] > highest - 4 else "white"
+            ax.text(x, y, about(best.iloc[y, x]), ha="center", va="center", fontsize=8, color=ink)
+        ax.set_xticks(range(len(columns)), columns)
+        ax.set_yticks(range(len(lines)), lines)
+        ax.set_title(f"{model} on {cluster}", loc="left", fontsize=9)
+        ax.grid(False)
+    ticks = list(range(int(highest), int(highest) - 10, -2))
+    bar = figure.colorbar(image, ax=axes, shrink=0.6, label="tokens of a sequence")
+    bar.set_ticks(ticks, labels=[tokens(2**tick) for tick in ticks])
+    figure.supxlabel("recompute (backward makes these again)", fontsize=9)
+    figure.suptitle("The longest sequence that fits, each strategy's best mesh", x=0.01, ha="left", fontsize=10)
+    return figure
+
+
+def how_much(kept: pd.Series) -> pd.Series:
+    """To sort by: what leaves most in a GPU's memory first."""
+    order = [*keys()["recompute"].choices]
+    return kept.map(lambda words: order.index(words.split()[0]) + ("offload" in words) / 2)
+
+
+def about(n: float) -> str:
+    """112K, 1.03M; a dash for none."""
+    if not n:
+        return "-"
+    return f"{n / 2**20:.3g}M" if n >= 2**20 else f"{n / 2**10:.3g}K"
 
 
 def exposed(sweep: Sweep) -> Figure:
@@ -439,6 +493,11 @@ PLOTS: dict[str, tuple[Callable[[Sweep], Figure], str]] = {
         "formula of the cost table.",
     ),
     "ulysses_by_ring": (ulysses_by_ring, "How ranks are best divided between trading heads and travelling keys, here."),
+    "longest_that_fits": (
+        longest_that_fits,
+        "Simulated memory of the fullest rank, with what a process holds before it begins, against the GPU's. "
+        "A dash: not even the shortest sequence fits; hatched: not asked, or not possible.",
+    ),
     "strong_scaling": (partial(scaling, weak=False), "The same work on more ranks."),
     "weak_scaling": (partial(scaling, weak=True), "Work that grows with the ranks."),
     "exposed": (

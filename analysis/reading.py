@@ -6,7 +6,7 @@ record was written are as by default.
 
 import csv
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
@@ -50,6 +50,11 @@ class Sweep:
         return {run_id: lines for run_id, lines in self.series.items() if self.configs[run_id].workload == workload}
 
 
+def at_its_answer(record: Mapping, config: Config | None) -> Config | None:
+    """The configuration whose bytes a row has: of search=max_seq_len, with the sequence that was found."""
+    return config and replace(config, seq_len=record["seq_len"])
+
+
 def load(folder: Path) -> Sweep:
     """A sweep. Raises UserError if nothing at all can be read."""
     if not folder.is_dir():
@@ -57,7 +62,7 @@ def load(folder: Path) -> Sweep:
     problems: list[str] = []
     read = read_records(folder, problems)
     records = {record["run_id"]: record for record, _ in read}
-    configs = whole(folder, {record["run_id"]: config for record, config in read}, problems)
+    configs = whole(folder, {record["run_id"]: at_its_answer(record, config) for record, config in read}, problems)
     found = [*records.values()] or read_csv(folder, problems)
     if not found:
         said = f"; {problems[0]}" if problems else ""
