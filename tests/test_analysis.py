@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import sympy
 
-from analysis import UserError, symbols
+from analysis import UserError, plots, symbols
 from analysis.accounts import account_of
 from analysis.accounts.letters import Letters
 from analysis.accounts.sent import total
@@ -288,6 +288,23 @@ def test_the_report_has_the_sweeps_numbers(sweep):
     for sentence in ("Weak scaling", "Compute and exposed communication"):
         assert sentence in page
     assert "seq_len=63 must be a multiple of mesh.ulysses = 2" in page
+
+
+@pytest.mark.slow
+def test_what_was_searched_is_drawn_and_held_against_the_account_of_its_answer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = "name=long", "mode=simulate", "search=max_seq_len", "cluster=h100", "model.n_layers=1", "world_size=2"
+    away = "recompute=block", "offload=activations"
+    run_all([job(*asked, "strategy=ring"), job(*asked, "strategy=tp_sp", *away)])
+    sweep = load(tmp_path / "runs" / "long")
+    rows = sweep.rows
+    assert (rows.seq_len == rows.max_seq_len).all()
+    figure = plots.longest_that_fits(sweep)
+    shown = sorted(text.get_text() for text in figure.axes[0].texts)
+    assert shown == sorted(plots.about(n) for n in rows.max_seq_len)
+    assert write(tmp_path / "runs" / "long") == []
+    stored = pd.read_csv(tmp_path / "runs" / "long" / "report" / "results.csv")
+    assert (stored.counted_by_derived == 1).all()
 
 
 def test_a_count_that_differs_is_red_and_the_command_fails(sweep):
