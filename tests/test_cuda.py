@@ -95,6 +95,17 @@ def test_a_step_never_waits_for_the_host(strategy, ranks):
             torch.cuda.set_sync_debug_mode("default")
 
 
+def test_what_waits_in_the_hosts_memory_comes_back_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one = ["strategy=single", "world_size=1", "device=cuda", "precision=bf16", "seq_len=4096", "recompute=block", *WIDE]
+    here, away = (app.run_one(job(*one, "model.n_layers=8", f"offload={what}")) for what in ("none", "activations"))
+    assert (here["status"], away["status"]) == ("ok", "ok"), away
+    assert away["losses"] == pytest.approx(here["losses"], rel=1e-3)
+    assert away["host_bytes"] == 8 * 4096 * 128 * 2
+    assert away["after_forward_bytes"] < here["after_forward_bytes"]
+    assert 0 <= away["exposed_offload_ms"] < away["step_ms_median"]
+
+
 def test_compiled_on_the_gpu_is_the_same_step(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     one = ["strategy=single", "world_size=1", "device=cuda", "precision=bf16", *WIDE]
