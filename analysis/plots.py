@@ -309,7 +309,7 @@ def longest_that_fits(sweep: Sweep) -> Figure:
     if len(asked) < 2:
         raise Unavailable("The longest sequence that fits: fewer than two rows have search=max_seq_len.")
     asked["kept"] = asked.recompute + asked.offload.map(lambda word: "" if word == "none" else " +\noffload")
-    columns = sorted(asked.kept.unique(), key=[*asked.kept.sort_values(key=how_much), ""].index)
+    columns = list(dict.fromkeys(asked.kept.sort_values(key=how_much)))
     asked["who"] = asked.strategy + ", " + asked.world_size.astype(int).astype(str)
     lines = list(dict.fromkeys(asked.sort_values("world_size", kind="stable").who))
     panels = list(asked.groupby(["model", "cluster"], sort=False))
