@@ -11,10 +11,10 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd.graph import saved_tensors_hooks
 
-OPS = torch.library.Library("offload", "DEF")
+OPS = library.Library("offload", "DEF")
 OPS.define("to_host(Tensor x) -> Tensor")
 OPS.define("to_device(Tensor x, Device device) -> Tensor")
 
@@ -53,8 +53,8 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
 OPS.impl("to_host", to_host, "CompositeExplicitAutograd")
 OPS.impl("to_device", to_device, "CompositeExplicitAutograd")
-torch.library.register_fake("offload::to_host", torch.empty_like, lib=OPS)
-torch.library.register_fake("offload::to_device", lambda x, device: torch.empty_like(x), lib=OPS)
+library.register_fake("offload::to_host", torch.empty_like, lib=OPS)
+library.register_fake("offload::to_device", lambda x, device: torch.empty_like(x), lib=OPS)
 
 
 def arrived(device: torch.device) -> None:
