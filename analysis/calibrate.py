@@ -18,8 +18,8 @@ from analysis.curves import Fit, fit
 from analysis.reading import Sweep, load
 from conf import tiers
 from conf.clock import Rate
-from conf.files import FileFault, check_writable, read_yaml
-from conf.groups import HERE
+from conf.clusters import of_device
+from conf.files import FileFault, check_writable
 from conf.keys import OF_A_MACHINE
 
 AGAIN = "python -m bench -m sweep=calibrate measures it"
@@ -172,10 +172,8 @@ def hardware(sweep: Sweep, found: Calibration) -> dict[str, Any]:
     record, config = sweep.records[run_id], sweep.configs[run_id]
     device, host, ranks = record["device_name"], record["machines"][0], tiers.ranks_per_host(config)
     if config.device == "cuda":
-        for file in sorted((HERE / "cluster").glob("*.yaml")):
-            known = read_yaml(file)
-            if any(name in device for name in known["device_names"]):
-                return known
+        if (known := of_device(device)) is not None:
+            return known
         raise UserError(f"{device} is none of conf/cluster/; a file there that says its memory and its peak would do")
     return {
         "name": f"{device}, {ranks} ranks",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from analysis.accounts.comparison import PHASES
 from analysis.reading import Sweep
-from conf.columns import KINDS
+from conf.clock import COLLECTIVES
 
 MOST = 4  # columns that a sentence names
 
@@ -46,7 +46,7 @@ def summed(lines: list[dict]) -> dict[str, int]:
         f"comm_bytes_{phase}": sum(line["sent_bytes"] for line in lines if line["phase"] in phases)
         for phase, phases in PHASES.items()
     }
-    calls = {f"calls_{kind}": sum(line["calls"] for line in lines if line["kind"] == kind) for kind in KINDS}
+    calls = {f"calls_{kind}": sum(line["calls"] for line in lines if line["kind"] == kind) for kind in COLLECTIVES}
     return {"comm_bytes": sum(line["sent_bytes"] for line in lines), **sent, **calls}
 
 

@@ -343,7 +343,7 @@ def longest_that_fits(sweep: Sweep) -> Figure:
 
 def how_much(kept: pd.Series) -> pd.Series:
     """To sort by: what leaves most in a GPU's memory first."""
-    order = [*keys()["recompute"].choices]
+    order = keys()["recompute"].choices
     return kept.map(lambda words: order.index(words.split()[0]) + ("offload" in words) / 2)
 
 

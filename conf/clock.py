@@ -1,7 +1,6 @@
 """How fast a cluster does what a step consists of: the values of its file's section `clock`, measured or published.
 
-Values alone: what runs when, and so how long a step takes, is told by two predictors that share nothing but these
-(bench/simulation/replay.py from the schedule as it was observed, analysis/predict.py from the accounts).
+Values alone: what runs when, and so how long a step takes, is for whoever predicts from them.
 """
 
 from collections.abc import Mapping
@@ -81,13 +80,6 @@ class Clock:
         if unknown:
             raise Invalid(one_of(where, unknown[0], cls.__dataclass_fields__))
         return cls(**found)
-
-    def kernel(self, name: str) -> Rate:
-        return self.kernels.get(name, self.kernels["other"])
-
-    def scores(self, queries: int, keys: int, causal: bool) -> int:
-        """Query-key pairs of a head that a block of attention computes: those that are visible, in whole tiles."""
-        return computed(queries, self.tile) if causal else queries * keys
 
     def link(self, kind: str, ranks: int, nodes: int, cluster: str) -> Rate:
         """Of a collective over so many ranks in so many nodes: as measured for the nearest size. Raises Invalid."""

@@ -1,9 +1,10 @@
-"""cluster=FILE: a cluster of one's own, described in a file like those of conf/cluster/."""
+"""Clusters' files: which of conf/cluster/ a device is, and cluster=FILE, one of the user's own like them."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hydra.core.config_store import ConfigStore
 
 from conf.clock import Clock
 from conf.files import FileFault, read_yaml
+from conf.groups import HERE
 from conf.keys import MISSING, ClusterConfig, made
 from conf.words import Invalid, one_of
 
@@ -27,6 +29,13 @@ def offer(path: str) -> None:
     *folders, name = [part for part in path.split("/") if part]
     store = ConfigStore.instance()
     store.store(group="/".join(["cluster", *folders]), name=name, node=described(path), package="cluster")
+
+
+@cache
+def of_device(device_name: str) -> dict[str, Any] | None:
+    """The file of conf/cluster/ for a GPU, by what the driver calls it; None for what is none of them."""
+    files = (read_yaml(file) for file in sorted((HERE / "cluster").glob("*.yaml")))
+    return next((known for known in files if any(name in device_name for name in known["device_names"])), None)
 
 
 def described(path: str) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from statistics import median
 from typing import Any
 
 from conf import tiers
+from conf.clock import COLLECTIVES
 from conf.keys import MISSING, OF_A_MACHINE, Config, keys, plain, section_in
 from conf.measurement import NOISY, Entry, Host, Measured, percentile, worst
 
-KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "p2p")
 COMM_COLUMNS = [entry.name for entry in fields(Entry) if entry.name != "weights"]
 MIB = 2**20
 SERIES = list[float | None]  # a number that is not finite is none in JSON
@@ -76,12 +76,12 @@ def bytes_of(
 
 def capacity(measured: Measured) -> int | None:
     cluster = measured.config.cluster
-    return int(cluster.mem_gb * 2**30) if cluster else None
+    return cluster.capacity_bytes if cluster else None
 
 
 def context(measured: Measured) -> int | None:
     cluster = measured.config.cluster
-    return int(cluster.context_gb * 2**30) if cluster else None
+    return cluster.context_bytes if cluster else None
 
 
 TIGHT = 0.9  # of the capacity: published runs that held more were slow, or failed
@@ -233,7 +233,7 @@ OF_A_STEP = [
     Column("busiest_rank", "", "whose bytes these are, and the calls below, and comm.csv", lambda m: m.busiest.rank),
     *(
         Column(f"calls_{kind}", "", f"calls of {kind} in a step", lambda m, kind=kind: m.calls(kind))  # type: ignore[misc]
-        for kind in KINDS
+        for kind in COLLECTIVES
     ),
     # Results.
     Column(
@@ -290,8 +290,8 @@ WHERE_FROM = [
 def asked() -> Iterator[Column]:
     """A column for each key."""
     for key in keys().values():
-        many = key.path == "cluster.clock"  # curves, for record.json alone
-        yield Column(key.column, "", key.says, in_csv=not many, holds=dict if section_in(key.hint) else key.hint)
+        holds = dict if section_in(key.hint) else key.hint
+        yield Column(key.column, "", key.says, in_csv=not key.of_any_names, holds=holds)
 
 
 def columns() -> list[Column]:

@@ -180,6 +180,14 @@ class ClusterConfig:
     )
     clock: dict[str, Any] | None = key(None, "how fast it is (conf/clock.py); null = unknown, no times")
 
+    @property
+    def capacity_bytes(self) -> int:
+        return int(self.mem_gb * 2**30)
+
+    @property
+    def context_bytes(self) -> int:
+        return int(self.context_gb * 2**30)
+
 
 @dataclass
 class LaunchConfig:
@@ -350,6 +358,11 @@ class Key:
     @property
     def choices(self) -> tuple:
         return self.declared.metadata["choices"]
+
+    @property
+    def of_any_names(self) -> bool:
+        """Does it hold an object that no schema knows? It is for record.json, then, and no cell of results.csv."""
+        return get_origin(get_args(self.hint)[0] if optional(self.hint) else self.hint) is dict
 
     @property
     def default(self) -> Any:

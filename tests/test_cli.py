@@ -16,7 +16,8 @@ from analysis.reading import load
 from bench.app import records
 from bench.app import sweep as app
 from bench.app.row import resolved_here
-from conf.columns import COMM_COLUMNS, KINDS, csv_columns
+from conf.clock import COLLECTIVES
+from conf.columns import COMM_COLUMNS, csv_columns
 from conf.keys import Config, run_id
 from conf.labels import labels
 from conf.meshes import names
@@ -302,7 +303,7 @@ def test_a_single_run_is_a_row_that_its_command_reproduces(tmp_path):
     by_phase = [int(row[f"comm_bytes_{phase}"]) for phase in ("forward", "backward", "optimizer")]
     assert sum(by_phase) == int(row["comm_bytes"])
     assert int(row["comm_bytes_params"]) + int(row["comm_bytes_activations"]) == int(row["comm_bytes"])
-    calls = sum(int(row[f"calls_{kind}"]) for kind in KINDS)
+    calls = sum(int(row[f"calls_{kind}"]) for kind in COLLECTIVES)
     assert calls == sum(int(line["calls"]) for line in lines)
 
     assert row["command"].startswith("python -m bench ")

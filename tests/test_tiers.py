@@ -6,7 +6,8 @@ import pytest
 
 from bench.ranks.unlike import unlike_ranks
 from bench.simulation.simulate import simulate
-from conf.columns import KINDS, between_hosts
+from conf.clock import COLLECTIVES
+from conf.columns import between_hosts
 from conf.keys import PLACEMENTS, LaunchConfig
 from conf.measurement import Entry, Measured, Peak, Rank, Round
 from conf.tiers import share_that_leaves
@@ -51,9 +52,9 @@ def test_closed_forms_are_what_every_pair_of_ranks_says(placement, each):
             ring = list(pairwise([*ranks, ranks[0]]))
             leaving = [hosts[one] for one, other in ring if hosts[one] != hosts[other]]
             for rank, after in ring:
-                lines = {kind: line(kind, axis, len(ranks)) for kind in KINDS}
+                lines = {kind: line(kind, axis, len(ranks)) for kind in COLLECTIVES}
                 gloo, nccl = (
-                    {kind: share_that_leaves(chosen, rank, lines[kind]) for kind in KINDS}
+                    {kind: share_that_leaves(chosen, rank, lines[kind]) for kind in COLLECTIVES}
                     for chosen in (on_cpu, on_cuda)
                 )
                 elsewhere = sum(host != hosts[rank] for host in hosts.values())

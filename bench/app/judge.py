@@ -6,15 +6,12 @@ strategy's account foretells of a rank is held against what that rank has counte
 
 import os
 from collections.abc import Iterator, Sequence
-from functools import cache
 from itertools import product
 from math import exp, isclose, isfinite, log, log1p, sqrt
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from analysis.accounts import differences
-from conf.groups import HERE
+from conf.clusters import of_device
 from conf.keys import INITIAL_STD, OF_A_MACHINE, Config, ModelConfig
 from conf.measurement import Measured, Rank, worst
 from conf.meshes import place
@@ -65,7 +62,7 @@ def broken_series(ranks: Sequence[Rank]) -> str | None:
 def faults(found: Measured) -> Iterator[str]:
     """What cannot be right, a sentence each, what tells most first."""
     if found.config.workload in OF_A_MACHINE:
-        yield from of_series(found)
+        yield from of_speed(found)
         return
     for each in found.rounds:
         yield from of_losses(found.config, each.ranks)
@@ -179,19 +176,19 @@ def inaccurate(errors: Sequence[dict[str, float]], precision: str) -> str | None
 
 
 def of_speed(found: Measured) -> Iterator[str]:
-    limit = most_tflops(found.config, found.first.device_name)
-    if limit is not None and found.tflops > limit:
-        yield f"{found.tflops:,.3g} TFLOP/s is more than the device can do, which is {limit:,.3g} at most"
-
-
-def of_series(found: Measured) -> Iterator[str]:
-    """Of what was timed of a machine."""
     if (limit := most_tflops(found.config, found.first.device_name)) is None:
         return
+    for what, tflops in speeds(found):
+        if tflops > limit:
+            yield f"{what}{tflops:,.3g} TFLOP/s is more than the device can do, which is {limit:,.3g} at most"
+
+
+def speeds(found: Measured) -> Iterator[tuple[str, float]]:
+    """TFLOP/s of a step, or of each thing that was timed of a machine, after what they are of."""
+    if found.config.workload not in OF_A_MACHINE:
+        yield "", found.tflops
     for line in lines(found.ranks):
-        if (rate := line.giga(line.work.flops) / 1000) > limit:
-            what = f"{line.work.kind} ({line.work.shape}): {rate:,.3g} TFLOP/s"
-            yield f"{what} is more than the device can do, which is {limit:,.3g} at most"
+        yield f"{line.work.kind} ({line.work.shape}): ", line.giga(line.work.flops) / 1000
 
 
 def most_tflops(config: Config, device_name: str | None) -> float | None:
@@ -217,13 +214,9 @@ def most_tflops_of_cpu(precision: str, cpuinfo: Path = Path("/proc/cpuinfo")) ->
     return (os.cpu_count() or 1) * GHZ * flop["fp32" if precision == "fp32" else "bf16"] / 1000
 
 
-@cache
 def peak_tflops_of(device_name: str, precision: str) -> float | None:
     """The dense 16-bit peak of a known GPU, from conf/cluster/; None for other devices and for fp32."""
     if precision == "fp32":
         return None
-    for file in sorted((HERE / "cluster").glob("*.yaml")):
-        cluster = OmegaConf.load(file)
-        if any(name in device_name for name in cluster.device_names):
-            return float(cluster.bf16_dense_tflops)
-    return None
+    known = of_device(device_name)
+    return float(known["bf16_dense_tflops"]) if known else None

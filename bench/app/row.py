@@ -144,7 +144,7 @@ def searched(resolved: Resolved, launcher: Launcher) -> tuple[Row, str]:
     config = resolved.config
     if config.search == "none" or config.cluster is None:
         return {}, ""
-    room = int((config.cluster.mem_gb - config.cluster.context_gb) * 2**30)
+    room = config.cluster.capacity_bytes - config.cluster.context_bytes
 
     def peak_of(seq_len: int) -> int:
         outcome = launcher(Task(replace(config, seq_len=seq_len)), f"does seq_len={seq_len} fit?")

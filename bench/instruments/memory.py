@@ -84,7 +84,7 @@ class MemoryLog(Instrument):
     def saw(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
         if func.namespace == "c10d":
             return  # it writes into what it is lent
-        role = "host" if func._schema.name == "offload::to_host" else "other"
+        role = "host" if func.namespace == "offload" and func._opname == "to_host" else "other"
         for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(tensor, Tensor) and getattr(tensor, "fake_mode", None) is self.fake_mode:
                 self.see(tensor.untyped_storage(), role)

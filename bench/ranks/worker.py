@@ -8,7 +8,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from multiprocessing import util
@@ -21,6 +20,7 @@ import torch._dynamo  # FSDP2 imports it when first used: better once in the ser
 import torch.distributed as dist
 
 from bench.instruments import machine
+from bench.instruments.instrument import replaced
 from bench.instruments.memory import MemoryLog
 from bench.instruments.observe import Observed, observe
 from bench.instruments.step import run_step
@@ -148,7 +148,6 @@ def run_steps(task: Task, progress: Callable[[str], None]) -> Rank:
     rank = dist.get_rank() if dist.is_initialized() else 0
     workload, batches_of = build(config)
     watch = Stopwatch(config.device)
-    waiting.around = watch.aside
     shares: list[torch.Tensor] = []
     token_shares: list[float] = []
     labels = 0.0
@@ -159,7 +158,7 @@ def run_steps(task: Task, progress: Callable[[str], None]) -> Rank:
         batches = batches_of(step)
         if config.world_size > 1:
             dist.barrier()
-        with watch.step():
+        with replaced(waiting, "around", watch.aside), watch.step():
             results = run_step(workload, batches, watch.lap)
         if isinstance(workload, AttentionAlone):
             workload.time_the_whole()
@@ -183,7 +182,6 @@ def run_steps(task: Task, progress: Callable[[str], None]) -> Rank:
     if isinstance(workload, AttentionAlone) and not made_up:
         found["errors"] = workload.errors()
     progress("counting")
-    waiting.around = nullcontext
     observed = observe(workload, batches, MemoryLog(config.device, workload.state()))
     counted = measured(observed, device_name=device_name(config), **found)
     if allocated is not None:  # the real allocator's peak includes what kernels take inside themselves

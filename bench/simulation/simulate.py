@@ -135,8 +135,8 @@ def extrapolated(short: Observed, longer: Observed, n_layers: int) -> Observed:
         else:  # weights of one block: the same for every block in between
             for i in stands_for(int(block[1]), n_layers):
                 comm.append(replace(entry, source=BLOCK.sub(f"blocks.{i}", entry.source)))
-    sizes = (int(further(getattr(short, name), getattr(longer, name))) for name in SIZES)
-    return Observed(comm=comm, peaks=peaks, **dict(zip(SIZES, sizes, strict=True)))
+    sizes = {name: int(further(getattr(short, name), getattr(longer, name))) for name in SIZES}
+    return Observed(comm=comm, peaks=peaks, **sizes)
 
 
 def edges(peaks: dict[str, Peak], depth: int) -> dict[str, Peak]:

@@ -16,6 +16,7 @@ from conf import tiers
 from conf.clock import COLLECTIVES
 from conf.keys import Config
 from conf.measurement import Timed, Work
+from conf.meshes import Line
 from strategies.base import Strategy
 from strategies.ops.collectives import all_gather_single, reduce_scatter_single, shift
 from strategies.ops.hooks import hooks
@@ -57,9 +58,8 @@ def times(config: Config, size: int) -> int:
 
 def hosts(config: Config, axis: Axis) -> int:
     """Among how many hosts the ranks of a group are."""
-    first = dist.get_rank() - axis.rank * axis.stride
     each = tiers.ranks_per_host(config)
-    return len({rank // each for rank in range(first, first + axis.size * axis.stride, axis.stride)})
+    return len({rank // each for rank in Line(axis.size, axis.stride).through(dist.get_rank())})
 
 
 def of_kind(kind: str, size: int, axis: Axis, dtype: torch.dtype, device: str) -> Callable[[], object]:
