@@ -34,12 +34,7 @@ class Fit:
 
     @property
     def errors(self) -> np.ndarray:
-        return np.abs(us_of(self.rate, self.points.work) / self.points.us - 1)
-
-
-def us_of(rate: Rate, work: np.ndarray) -> np.ndarray:
-    """Microseconds, as conf/clock.py has it."""
-    return np.maximum(rate.floor_us, stretched(work, rate.half, rate.power) / (rate.rate * 1000))
+        return np.abs(self.rate.us(self.points.work, np.maximum) / self.points.us - 1)
 
 
 def stretched(work: np.ndarray, half: np.ndarray | float, power: np.ndarray | float) -> np.ndarray:

@@ -7,6 +7,7 @@ import numpy as np
 
 from analysis.curves import Points
 from analysis.reading import Sweep
+from conf import tiers
 from conf.clock import KERNELS, computed
 
 ATTENTION = ("attention_forward", "attention_backward")
@@ -32,12 +33,14 @@ def share(line: dict[str, Any], tile: int) -> float:
 
 
 def of_links(sweep: Sweep) -> dict[tuple[str, str, int], Points]:
-    """(intra or inter, kind, ranks or nodes) -> by bytes that a rank sends."""
-    found: dict[tuple[str, str, int], list[dict]] = {}
-    for line in (line for table in sweep.measured("collectives").values() for line in table):
-        tier, size = ("inter", line["hosts"]) if line["hosts"] > 1 else ("intra", line["ranks"])
-        found.setdefault((tier, line["kind"], size), []).append(line)
-    return {key: points([line["sent_bytes"] for line in here], here, "B") for key, here in found.items()}
+    """(intra or inter, kind, ranks or nodes) -> by bytes that a rank sends, or of these those that leave its node."""
+    found: dict[tuple[str, str, int], list[tuple[float, dict]]] = {}
+    for run_id, table in sweep.measured("collectives").items():
+        for line in table:
+            group = tiers.group_of(sweep.configs[run_id], 0, line["axis"], line["ranks"], line["kind"])
+            tier, size, part = ("inter", group.nodes, group.leaves) if group.nodes > 1 else ("intra", group.ranks, 1.0)
+            found.setdefault((tier, line["kind"], size), []).append((part * line["sent_bytes"], line))
+    return {key: points([size for size, _ in here], [line for _, line in here], "B") for key, here in found.items()}
 
 
 def points(work: list[float], lines: list[dict], unit: str) -> Points:

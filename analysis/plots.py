@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogFormatter
 
 from analysis import machine
-from analysis.curves import Fit, Points, us_of
+from analysis.curves import Fit, Points
 from analysis.looks import colour, marker
 from analysis.reading import Sweep
 from conf.columns import MIB
@@ -425,7 +425,7 @@ def over_size(
         ax.scatter(points.work, points.work / points.us / 1000, s=16, **how)
         if key in curves:
             x = np.geomspace(points.work.min(), points.work.max(), 200)
-            ax.plot(x, x / us_of(curves[key].rate, x) / 1000, color=how["color"], linewidth=1)
+            ax.plot(x, x / curves[key].rate.us(x, np.maximum) / 1000, color=how["color"], linewidth=1)
     ax.set_xscale("log")
     ax.set_yscale("log")
     for put in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):

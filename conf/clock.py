@@ -1,10 +1,13 @@
 """How fast a cluster does what a step consists of: the values of its file's section `clock`, measured or published.
 
-Values alone: what runs when, and so how long a step takes, is for whoever predicts from them.
+One thing at a time: how long a product takes, a block of attention, a collective. What runs when, and so how long a
+step takes, is for whoever predicts from them: by replaying a schedule (bench/simulation/replay.py), or in closed form
+(analysis/predict.py). Arguments are numbers, or arrays of numpy with larger=np.maximum.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from math import inf, log
 from typing import Any
 
@@ -28,6 +31,9 @@ class Rate:
     power: float = 1.0
     floor_us: float = 0.0
 
+    def us(self, work: Any, larger: Callable = max) -> Any:
+        return larger(self.floor_us, (work + self.half**self.power * work ** (1 - self.power)) / (self.rate * 1000))
+
 
 @dataclass(frozen=True)
 class Clock:
@@ -39,7 +45,8 @@ class Clock:
     attention_backward: Rate  # its five: 10 head_dim each
     kernels: dict[str, Rate]  # by bytes read and written: `other`, and of KERNELS those that differ from it
     intra: dict[str, dict[int, Rate]]  # inside a node: collective -> ranks -> by bytes that a rank sends
-    inter: dict[str, dict[int, Rate]] = field(default_factory=dict)  # across nodes: collective -> nodes -> likewise
+    inter: dict[str, dict[int, Rate]] = field(default_factory=dict)  # collective -> nodes -> by bytes of it that leave
+    host: Rate | None = None  # to the host's memory or from it, by bytes
     tile: int = 1  # keys: of a causal block, whole tiles of so many are computed along the diagonal
     exponentials: float | None = None  # of scores, billions a second, beside forward's products; None: within them
     wave: int | None = None  # tiles of 128 x 256 that run at once: products take whole waves; None: no waves
@@ -58,8 +65,9 @@ class Clock:
         for name in ("sources", "products", "attention_forward", "attention_backward", "kernels", "intra"):
             if name not in found:
                 raise Invalid(f"{where}.{name} is missing")
-        for name in ("products", "attention_forward", "attention_backward"):
-            found[name] = rate(found[name], f"{where}.{name}")
+        for name in ("products", "attention_forward", "attention_backward", "host"):
+            if name != "host" or found.get(name) is not None:
+                found[name] = rate(found[name], f"{where}.{name}")
         found["kernels"] = rates(found["kernels"], KERNELS, f"{where}.kernels")
         if "other" not in found["kernels"]:
             raise Invalid(f"{where}.kernels.other is missing")
@@ -81,14 +89,54 @@ class Clock:
             raise Invalid(one_of(where, unknown[0], cls.__dataclass_fields__))
         return cls(**found)
 
-    def link(self, kind: str, ranks: int, nodes: int, cluster: str) -> Rate:
-        """Of a collective over so many ranks in so many nodes: as measured for the nearest size. Raises Invalid."""
-        tier, size = ("inter", nodes) if nodes > 1 else ("intra", ranks)
+    def product_us(self, flops: Any, rows: Any, columns: Any, larger: Callable = max) -> Any:
+        """A product whose output is [rows, columns]: what its last wave leaves idle takes as long as the rest."""
+        if self.wave is not None:
+            tiles = -(-rows // 128) * -(-columns // 256)
+            flops = flops * (-(-tiles // self.wave) * self.wave) / tiles
+        return self.products.us(flops, larger)
+
+    def attention_us(self, way: str, scores: Any, head_dim: Any, larger: Callable = max) -> Any:
+        """forward or backward over so many query-key pairs of one head, those that are computed."""
+        if way == "backward":
+            return self.attention_backward.us(10 * head_dim * scores, larger)
+        exponentials = scores / (self.exponentials * 1000) if self.exponentials else 0.0
+        return self.attention_forward.us(4 * head_dim * scores, larger) + exponentials
+
+    def kernel_us(self, kind: str, size: Any, larger: Callable = max) -> Any:
+        """One of KERNELS that reads and writes so many bytes."""
+        return self.kernels.get(kind, self.kernels["other"]).us(size, larger)
+
+    def collective_us(self, kind: str, group: "Group", sent: Any, cluster: str, larger: Callable = max) -> Any:
+        """Until the last rank of the group is done. sent: bytes that a rank sends. Raises Invalid."""
+        tiers = []
+        if group.nodes < group.ranks:
+            here = round(group.ranks / group.nodes)
+            tiers.append(self.curve("intra", kind, here, cluster).us(group.stays * sent, larger))
+        if group.nodes > 1:
+            tiers.append(self.curve("inter", kind, group.nodes, cluster).us(group.leaves * sent, larger))
+        return reduce(larger, tiers)
+
+    def curve(self, tier: str, kind: str, size: int, cluster: str) -> Rate:
+        """Of so many ranks in a node, or nodes: as measured for the nearest number. Raises Invalid."""
         sizes = getattr(self, tier).get(kind)
         if not sizes:
-            across = "across nodes" if nodes > 1 else "inside a node"
+            across = "across nodes" if tier == "inter" else "inside a node"
             raise Invalid(f"cluster={cluster}: how fast {kind} is {across} was neither measured nor published")
         return sizes[min(sizes, key=lambda known: abs(log(known / size)))]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks of a collective: how many, in how many nodes; of what one sends, which part leaves its node, at most.
+
+    And which part passes the links within a node: in a ring everything, where parts are exchanged what does not leave.
+    """
+
+    ranks: int
+    nodes: int = 1
+    leaves: float = 0.0
+    stays: float = 1.0
 
 
 def computed(tokens: int, tile: int) -> int:

@@ -13,6 +13,7 @@ and so depends on how they are done:
 tests/test_hosts.py holds the sums to what the kernel counts between two hosts.
 """
 
+from conf.clock import Group
 from conf.keys import Config
 from conf.measurement import Entry, Host, Measured, Rank
 from conf.meshes import AXES, Line, lines
@@ -48,24 +49,39 @@ def to_other_hosts(config: Config, rank: Rank) -> int:
 
 def share_that_leaves(config: Config, rank: int, entry: Entry) -> float:
     """Of what a rank sends in one line of comm.csv, how much leaves its host."""
-    line, each = line_of(config, entry), ranks_per_host(config)
+    return share(config, rank, line_of(config, entry.axis, entry.group_size), entry.kind)
+
+
+def share(config: Config, rank: int, line: Line, kind: str) -> float:
+    """Of what a rank sends to the others on a line, how much leaves its host."""
+    each = ranks_per_host(config)
     place, on_host = line.place(rank), rank % each
     before = min(place, on_host // line.stride)  # peers on this host
     after = min(line.size - 1 - place, (each - 1 - on_host) // line.stride)
     here = before + 1 + after
     if here == line.size:
         return 0.0
-    if entry.kind == "p2p":
+    if kind == "p2p":
         return float(after == 0)
-    if entry.kind in BY_PAIRS[config.device]:
+    if kind in BY_PAIRS[config.device]:
         return (line.size - here) / (line.size - 1)
     return 1 / here
 
 
-def line_of(config: Config, entry: Entry) -> Line:
-    """The ranks of a group, by the name of its axis; of torch's own meshes that begins with mesh_."""
-    axis = entry.axis.removeprefix("mesh_")
+def group_of(config: Config, rank: int, axis: str, size: int, kind: str) -> Group:
+    """For the clock: the group in which a rank does a collective. The rank that sends most out of its host decides."""
+    line = line_of(config, axis, size)
+    members = line.through(rank)
+    each = ranks_per_host(config)
+    nodes = len({member // each for member in members})
+    leaves = max(share(config, member, line, kind) for member in members) if nodes > 1 else 0.0
+    return Group(line.size, nodes, leaves, 1 - leaves if kind in BY_PAIRS[config.device] else 1.0)
+
+
+def line_of(config: Config, axis: str, size: int) -> Line:
+    """The ranks of a group of this size, by the name of its axis; of torch's own meshes that begins with mesh_."""
+    axis = axis.removeprefix("mesh_")
     if axis == "world":
         return Line(config.world_size, stride=1)
     found = lines({axis: getattr(config.mesh, axis) or 1 for axis in AXES}, config.placement)
-    return Line(entry.group_size, found["tp"].stride) if axis == "tp_replicas" else found[axis]
+    return Line(size, found["tp"].stride) if axis == "tp_replicas" else found[axis]

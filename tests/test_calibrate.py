@@ -157,9 +157,9 @@ TRUE = {
 def test_a_rate_is_found_again(name):
     noise = np.random.default_rng(0).normal(0, 0.03, 34)
     work = np.repeat(2.0 ** np.arange(10, 27), 2)
-    us = curves.us_of(TRUE[name], work)
+    us = TRUE[name].us(work, np.maximum)
     found = curves.fit(curves.Points(work, us * np.exp(noise), "B"))
-    assert np.abs(curves.us_of(found.rate, work) / us - 1).max() < 0.06
+    assert np.abs(found.rate.us(work, np.maximum) / us - 1).max() < 0.06
     assert found.rate.rate == pytest.approx(TRUE[name].rate, rel=0.05)
     assert np.median(found.errors) < 0.04
     assert found.rate.floor_us == pytest.approx(TRUE[name].floor_us, rel=0.05)
@@ -215,7 +215,7 @@ def test_a_file_is_a_cluster_that_can_be_used(folder, monkeypatch):
         assert run_id(again) == run_id(config)
     measured = calibrate.calibrated(reading.load(folder))
     assert clock.products == measured.kernels["products"].rate
-    assert clock.link("p2p", 2, 1, "x") == measured.links["intra", "p2p", 2].rate
+    assert clock.curve("intra", "p2p", 2, "x") == measured.links["intra", "p2p", 2].rate
 
 
 FIELDS = (HERE / "cluster" / "h100.yaml").read_text()
