@@ -218,14 +218,14 @@ def test_a_file_is_a_cluster_that_can_be_used(folder, monkeypatch):
     assert clock.curve("intra", "p2p", 2, "x") == measured.links["intra", "p2p", 2].rate
 
 
-FIELDS = (HERE / "cluster" / "h100.yaml").read_text()
+FIELDS = (HERE / "cluster" / "b200.yaml").read_text()  # of which no clock is known
 BAD = {  # what a file holds -> what the one sentence says
     "name: [": "cluster: {file}: not valid YAML (",
     "- a": "cluster: {file}: holds a list, and names with their values are needed",
     "3": "cluster: {file}: not valid YAML (",
     "name: x": "cluster={file}: device_names, bf16_dense_tflops, mem_gb, context_gb, hbm_gbps, intra_kind, ",
-    FIELDS.replace("mem_gb: 80", ""): "cluster={file}: mem_gb is missing",
-    FIELDS.replace("mem_gb: 80", "mem_gb: much"): "cluster={file}: mem_gb=",
+    FIELDS.replace("mem_gb: 180", ""): "cluster={file}: mem_gb is missing",
+    FIELDS.replace("mem_gb: 180", "mem_gb: much"): "cluster={file}: mem_gb=",
     FIELDS.replace("hbm_gbps", "hbm_gpbs"): "cluster={file}=hbm_gpbs is not one of ",
     FIELDS + "clock: {sources: x}": "cluster={file}: clock.products is missing",
     FIELDS + "clock: {tile: 0, sources: x}": "cluster={file}: clock.products is missing",
