@@ -117,6 +117,14 @@ class Clock:
             tiers.append(self.curve("inter", kind, group.nodes, cluster).us(group.leaves * sent, larger))
         return reduce(larger, tiers)
 
+    def host_us(self, size: Any, cluster: str, larger: Callable = max) -> Any:
+        """A copy to the host's memory, or from it. Raises Invalid."""
+        if self.host is None:
+            raise Invalid(
+                f"cluster={cluster}: how fast it copies to the host's memory was neither measured nor published"
+            )
+        return self.host.us(size, larger)
+
     def curve(self, tier: str, kind: str, size: int, cluster: str) -> Rate:
         """Of so many ranks in a node, or nodes: as measured for the nearest number. Raises Invalid."""
         sizes = getattr(self, tier).get(kind)

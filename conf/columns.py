@@ -12,7 +12,7 @@ from typing import Any
 from conf import tiers
 from conf.clock import COLLECTIVES
 from conf.keys import MISSING, OF_A_MACHINE, Config, keys, plain, section_in
-from conf.measurement import NOISY, Entry, Host, Measured, percentile, worst
+from conf.measurement import NOISY, Entry, Host, Measured, Predicted, percentile, worst
 
 COMM_COLUMNS = [entry.name for entry in fields(Entry) if entry.name != "weights"]
 MIB = 2**20
@@ -74,6 +74,21 @@ def bytes_of(
     return Column(name, "B", says, of, head, form, MIB, in_terminal)
 
 
+def predicted(name: str, says: str, of: Callable[[Predicted], float], head: str = "") -> Column:
+    return Column(name, "ms", f"predicted: {says}", lambda m: m.predicted and of(m.predicted), head, "{:,.1f}")
+
+
+def predicted_tokens_per_s(m: Measured) -> float | None:
+    return tokens_per_s(m, m.predicted.step_ms) if m.predicted else None
+
+
+def predicted_mfu(m: Measured) -> float | None:
+    """Of what a peak is published for, which is 16 bits."""
+    if m.predicted is None or m.config.cluster is None or m.config.precision == "fp32":
+        return None
+    return m.flops / m.predicted.step_ms / 1e9 / m.config.cluster.bf16_dense_tflops
+
+
 def capacity(measured: Measured) -> int | None:
     cluster = measured.config.cluster
     return cluster.capacity_bytes if cluster else None
@@ -124,8 +139,8 @@ def between_hosts(m: Measured) -> int:
     return max(tiers.to_other_hosts(m.config, rank) for rank in m.ranks)
 
 
-def tokens_per_s(m: Measured) -> float:
-    return m.config.batch_size * m.config.seq_len / m.step_ms * 1000
+def tokens_per_s(m: Measured, step_ms: float) -> float:
+    return m.config.batch_size * m.config.seq_len / step_ms * 1000
 
 
 WHO = [
@@ -162,7 +177,7 @@ OF_A_STEP = [
         lambda m: max(m.cpu_ms),
     ),
     clock("cpu_ms_min", "ms", "CPU time of a step, of the idlest rank", lambda m: min(m.cpu_ms)),
-    clock("tokens_per_s", "1/s", "over all ranks", tokens_per_s, "tokens/s", "{:,.0f}"),
+    clock("tokens_per_s", "1/s", "over all ranks", lambda m: tokens_per_s(m, m.step_ms), "tokens/s", "{:,.0f}"),
     clock("iterations_per_s", "1/s", "steps", lambda m: 1000 / m.step_ms),
     clock(
         "exposed_comm_ms",
@@ -195,6 +210,22 @@ OF_A_STEP = [
     clock("tflops_per_rank", "TFLOP/s", "flops_per_rank over the step's time", lambda m: m.tflops),
     clock(
         "mfu", "", "tflops_per_rank over the GPU's peak", lambda m: m.tflops / m.peak_tflops if m.peak_tflops else None
+    ),
+    # Of mode=simulate, by the clock of its cluster. Nothing of it is measured.
+    predicted("predicted_step_ms", "a step", lambda p: p.step_ms, "predicted ms"),
+    predicted("predicted_forward_ms", "forward", lambda p: p.laps.get("forward", 0.0)),
+    predicted("predicted_backward_ms", "backward", lambda p: p.laps.get("backward", 0.0)),
+    predicted("predicted_optimizer_ms", "clipping, AdamW, new weights sent", lambda p: p.laps.get("optimizer", 0.0)),
+    predicted("predicted_exposed_comm_ms", "of a step, waiting for collectives", lambda p: p.exposed_comm_ms),
+    Column("predicted_tokens_per_s", "1/s", "over all ranks", predicted_tokens_per_s),
+    Column("predicted_mfu", "", "flops_per_rank over the predicted time, and that over the GPU's peak", predicted_mfu),
+    Column(
+        "predicted_parts",
+        "ms",
+        "what a predicted step computes, and what it waits for",
+        lambda m: m.predicted and {"work": m.predicted.work, "exposed": m.predicted.exposed},
+        in_csv=False,
+        holds=dict,
     ),
     # Memory: of the fullest rank at its fullest moment. On CPU, what a kernel frees before it returns is not seen.
     bytes_of("peak_bytes", "at most, the sum of its five parts", lambda m: m.fullest.peak.total, "peak MiB"),

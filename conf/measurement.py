@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import median
 
+from conf.clock import COLLECTIVES
 from conf.keys import Config
 
 NOISY = 0.2  # a spread from the 10th to the 90th percentile, over the median
@@ -53,6 +54,23 @@ class Step:
     step: float
     cpu: float
     offload: float = 0.0  # of these, waited for copies to and from the host's memory
+
+
+@dataclass
+class Predicted:
+    """A step of one rank by a cluster's clock, in milliseconds. Nothing of it is measured."""
+
+    laps: dict[str, float]  # forward, backward, optimizer
+    work: dict[str, float]  # what it computes: products, attention, kernels, optimizer; launches, for which a GPU waits
+    exposed: dict[str, float]  # and what it waits for: a kind of collective, offload, copies
+
+    @property
+    def step_ms(self) -> float:
+        return sum(self.laps.values())
+
+    @property
+    def exposed_comm_ms(self) -> float:
+        return sum(ms for name, ms in self.exposed.items() if name in COLLECTIVES)
 
 
 @dataclass
@@ -124,6 +142,8 @@ class Rank:
     host_bytes: int = 0  # at most, that wait in the host's memory
     reserved: int | None = None  # bytes, by CUDA's allocator
     foretold: bool = False  # of mode=simulate: were shallow models enough
+    predicted: Predicted | None = None  # of mode=simulate, by the cluster's clock
+    unpredicted: str = ""  # why not, where it has one
     host: Host | None = None  # on which it ran
     series: list[Timed] = field(default_factory=list)  # of workload=collectives and kernels
 
@@ -168,6 +188,12 @@ class Measured:
     def fullest(self) -> Rank:
         """The rank that holds most."""
         return max(self.ranks, key=lambda rank: rank.peak.total)
+
+    @cached_property
+    def predicted(self) -> Predicted | None:
+        """Of the rank that takes longest."""
+        found = [rank.predicted for rank in self.ranks if rank.predicted]
+        return max(found, key=lambda each: each.step_ms, default=None)
 
     @property
     def flops(self) -> int:

@@ -80,10 +80,10 @@ def check_mode(config: Config) -> None:
     mode = config.mode
     if mode == "simulate" and config.rounds > 1:
         raise Invalid(
-            f"rounds={config.rounds}: mode=simulate has no clock yet, so there is nothing to repeat; 1 would do"
+            f"rounds={config.rounds}: mode=simulate measures no time, so there is nothing to repeat; 1 would do"
         )
-    if mode == "simulate" and config.profile:
-        raise Invalid("profile=true: mode=simulate has no clock yet, so there is no trace; mode=emulate would do")
+    if mode == "simulate" and config.profile and (config.cluster is None or config.cluster.clock is None):
+        raise Invalid("profile=true: mode=simulate draws what a cluster's clock tells; cluster=h100 would do")
     if mode == "simulate" and config.compile:
         raise Invalid("compile=true: mode=simulate computes nothing, and knows no fused kernels; mode=emulate would do")
     if mode == "simulate" and config.attention.kernel == "flash_attn":

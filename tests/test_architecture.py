@@ -26,7 +26,7 @@ ALLOWED = {  # a folder -> the folders of this project that it may import, besid
     "models": {"conf"},
     "bench/instruments": {"conf", "strategies", "strategies/ops"},
     "bench/workloads": {"conf", "strategies", "strategies/ops", "models", "bench/instruments"},
-    "bench/simulation": {"conf", "strategies/ops", "bench/instruments", "bench/workloads"},
+    "bench/simulation": {"conf", "models", "strategies/ops", "bench/instruments", "bench/workloads"},
     "bench/ranks": {"conf", "models", "strategies/ops", "bench/instruments", "bench/workloads", "bench/simulation"},
     "bench/app": {"conf", "models", "bench/workloads", "bench/simulation", "bench/ranks", "analysis"},
     "analysis": {"conf"},

@@ -79,7 +79,7 @@ def asked(launcher: str = "ranks", sweeper: str = "optuna", **keys: str | None) 
         (asked(objective=None), r"^objective=null: hydra/sweeper=optuna needs a column .* would do$"),
         (asked(objective="peak_byte"), r"^objective=peak_byte is not one of .*; did you mean peak_bytes\?$"),
         (asked(objective="host_names"), r"^objective=host_names is not one of "),
-        (asked(objective="step_ms_median"), r"^objective=step_ms_median: mode=simulate has no clock; .* would do$"),
+        (asked(objective="step_ms_median"), r"^objective=step_ms_median: mode=simulate measures no time; .* would do$"),
         (asked(launch="torchrun"), r"^launch=torchrun: hosts run a whole sweep in step; .* would do$"),
         (asked("joblib", "product", mode="emulate"), r"^hydra/launcher=joblib: mode=emulate is timed, .* would do$"),
         (asked("joblib", "product", launch="slurm"), r"^launch=slurm: hosts run a whole sweep in step; "),

@@ -69,6 +69,7 @@ def run(job: Job, rerun: str, launcher: Launcher, rounds: list[Round] | None = N
                 series = written(config.workload, found.ranks)
             else:
                 put_derived(resolved, found)
+                resolved.notes += timeless(found)
             row |= {**measured(found), "reason": "; ".join(resolved.notes)}
             row |= judged(found, row["reason"]) or fit(resolved.config, row)
             comm = found.busiest.comm
@@ -114,6 +115,19 @@ def put_derived(resolved: Resolved, found: Measured) -> None:
         found.derived_flops = max(step_flops(resolved.config, rank.rank) or 0 for rank in found.ranks) or None
     except UserError as error:
         resolved.notes.append(str(error))
+
+
+LAUNCH_BOUND = 1024  # tokens of a rank below which launches and messages' starts decide, and no published time is known
+
+
+def timeless(found: Measured) -> list[str]:
+    """What is to be said of a predicted time, or of none where the cluster has a clock."""
+    config = found.config
+    lacking = dict.fromkeys(rank.unpredicted for rank in found.ranks if rank.unpredicted)
+    tokens = config.micro_batch_size * config.seq_len // config.world_size
+    if found.predicted and config.device == "cuda" and tokens < LAUNCH_BOUND:
+        return [f"predicted for {tokens} tokens a GPU, where launches decide: no published time was held against that"]
+    return [f"no predicted time: {said}" for said in lacking]
 
 
 def peak_tflops(config: Config, rounds: list[Round]) -> float | None:

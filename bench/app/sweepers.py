@@ -36,7 +36,7 @@ def check_objective(name: str, mode: str) -> None:
     if name not in numbers:
         raise Invalid(one_of("objective", name, numbers))
     if numbers[name].timed and mode == "simulate":
-        raise Invalid(f"objective={name}: mode=simulate has no clock; peak_bytes or comm_bytes would do")
+        raise Invalid(f"objective={name}: mode=simulate measures no time; predicted_step_ms or peak_bytes would do")
 
 
 def told(row: Row, objective: str | None, hydra: DictConfig | HydraConf) -> float | None:

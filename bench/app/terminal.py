@@ -93,8 +93,8 @@ def print_table(rows: list[Row], name: str) -> None:
     console.print(table)
     if any(row.get("noisy") for row in rows):
         console.print(f"~ times are noisy: steps, or rounds, spread (p10 to p90) over {NOISY:.0%} of their median")
-    if all(row["mode"] == "simulate" for row in rows):
-        console.print("mode=simulate has no clock yet: times are left empty")
+    if all(row["mode"] == "simulate" and row.get("predicted_step_ms") is None for row in rows):
+        console.print("mode=simulate measures no time; the clock of a cluster, as cluster=h100 has one, predicts it")
     for row in rows:
         if row["workload"] in OF_A_MACHINE and row["status"] == "ok":
             print_series(row, records.RUNS / name / row["run_id"] / f"{row['workload']}.csv", among)

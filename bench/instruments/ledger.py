@@ -64,8 +64,50 @@ FUNCTIONAL = {  # the collectives of DTensor, whose arguments are an input and t
     "all_reduce_": KINDS["allreduce_"],
     "all_to_all_single": KINDS["alltoall_base_"],
 }
+COMMUNICATING = ("c10d", "_c10d_functional")
 # Of a receive the sender counts; the others carry nothing.
 SILENT = {"recv_", "barrier", "monitored_barrier_", "wait_tensor", "_wrap_tensor_autograd"}
+
+
+@dataclass
+class Sending:
+    """A collective as it was dispatched: bytes of its payload, and of these what a rank sends."""
+
+    kind: str
+    axis: str
+    ranks: int
+    dtype: torch.dtype
+    payload: int
+    sent: float
+
+
+def dispatched(func: Any, args: tuple, out: Any) -> Sending | None:
+    """What an operation of c10d, or DTensor's, sends; None if nothing."""
+    op = func._schema.name.partition("::")[2]
+    if op in SILENT:
+        return None
+    kinds = KINDS if func.namespace == "c10d" else FUNCTIONAL
+    if op not in kinds:
+        raise RuntimeError(f"nobody knows how many bytes {func._schema.name} sends")
+    kind = kinds[op]
+    if func.namespace == "c10d":
+        group, holder = group_of(args), args[kind.payload]
+    else:
+        group = resolve_group(next(a for a in reversed(args) if isinstance(a, str)))  # type: ignore[arg-type]
+        holder = out if kind.payload == OUTPUT else args[0]
+    tensors = [t for t in tree_leaves(holder) if isinstance(t, Tensor)]
+    payload = sum(t.numel() * t.element_size() for t in tensors)
+    return Sending(kind.name, name_of(group), group.size(), tensors[0].dtype, payload, kind.sent(payload, group.size()))
+
+
+def group_of(args: tuple) -> dist.ProcessGroup:
+    return next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject) and is_group(a))
+
+
+def name_of(group: dist.ProcessGroup) -> str:
+    """The axis of the mesh along which it is."""
+    return "world" if group is dist.group.WORLD else group.group_desc
+
 
 ROOT = Path(strategies.__file__).parents[1]
 FSDP_FILE = inspect.getfile(FSDPParamGroup)
@@ -73,7 +115,7 @@ STRATEGY_FILE = re.compile(re.escape(f"{ROOT}/") + r"(strategies/(?!ops/)[\w/]+\
 
 
 class Ledger(Instrument):
-    """Counts what is sent; set `phase` to forward, backward or optimizer as the step goes on."""
+    """Counts what is sent in forward, recomputation, backward and by the optimizer."""
 
     def __init__(self, model: nn.Module, strategy: Strategy) -> None:
         self.names = {id(module): name for name, module in model.named_modules()}
@@ -101,40 +143,30 @@ class Ledger(Instrument):
         finally:
             self.meaning = outer
 
+    def reached(self, part: str) -> None:
+        self.phase = part
+
     def saw(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
-        if func.namespace in ("c10d", "_c10d_functional"):
+        if func.namespace in COMMUNICATING:
             self.count(func, args, out)
 
     def count(self, func: Any, args: tuple, out: Any) -> None:
-        op = func._schema.name.partition("::")[2]
-        if op in SILENT:
+        if (sending := dispatched(func, args, out)) is None:
             return
-        kinds = KINDS if func.namespace == "c10d" else FUNCTIONAL
-        if op not in kinds:
-            raise RuntimeError(f"the ledger does not know how many bytes {func._schema.name} sends")
-        kind = kinds[op]
-        if func.namespace == "c10d":
-            group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject) and is_group(a))
-            holder = args[kind.payload]
-        else:
-            group = resolve_group(next(a for a in reversed(args) if isinstance(a, str)))  # type: ignore[arg-type]
-            holder = out if kind.payload == OUTPUT else args[0]
-        tensors = [t for t in tree_leaves(holder) if isinstance(t, Tensor)]
-        payload = sum(t.numel() * t.element_size() for t in tensors)
         source, from_zero = self.where()
         entry = Entry(
             phase="recompute" if recomputing() else self.phase,
-            kind=self.meaning.kind or kind.name,
-            axis="world" if group is dist.group.WORLD else group.group_desc,
-            group_size=group.size(),
-            dtype=str(tensors[0].dtype).removeprefix("torch."),
+            kind=self.meaning.kind or sending.kind,
+            axis=sending.axis,
+            group_size=sending.ranks,
+            dtype=str(sending.dtype).removeprefix("torch."),
             source=source,
             weights=from_zero or self.meaning.weights or self.phase == "optimizer",
         )
         entry = self.entries.setdefault(astuple(entry), entry)
         entry.calls += self.times
-        entry.payload_bytes += self.times * payload
-        entry.sent_bytes += self.times * kind.sent(payload, group.size())
+        entry.payload_bytes += self.times * sending.payload
+        entry.sent_bytes += self.times * sending.sent
 
     def where(self) -> tuple[str, bool]:
         """The strategy line that this collective comes from; or the module whose weights ZeRO sends, and True."""

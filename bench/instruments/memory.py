@@ -52,6 +52,12 @@ class MemoryLog(Instrument):
             for tensor in tensors:
                 self.see(tensor.untyped_storage(), role)
 
+    def reached(self, part: str) -> None:
+        if part == "backward":
+            self.end_forward()
+        else:
+            self.reach(part)
+
     def end_forward(self) -> None:
         """Whatever was made since the start and lives now is kept for backward: activations, or gathered weights."""
         self.lent.settle()

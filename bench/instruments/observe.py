@@ -14,7 +14,7 @@ from bench.instruments.instrument import Instrument
 from bench.instruments.ledger import Ledger
 from bench.instruments.memory import MemoryLog
 from bench.instruments.step import Workload, run_step
-from conf.measurement import Entry, Peak
+from conf.measurement import Entry, Peak, Predicted
 from strategies.ops.hooks import every_hop, hooked
 from strategies.ops.mesh import Axis
 
@@ -28,6 +28,7 @@ class Observed:
     peaks: dict[str, Peak]
     after_forward: int
     host_bytes: int = 0
+    predicted: Predicted | str | None = None  # by a clock, or why not
 
     @property
     def peak(self) -> Peak:
@@ -73,11 +74,10 @@ class Instruments(TorchDispatchMode):
     @contextmanager
     def counting(self, times: int) -> Iterator[None]:
         """What runs inside stands for so many alike."""
-        for instrument in self.instruments:
-            instrument.times *= times
-        yield
-        for instrument in self.instruments:
-            instrument.times //= times
+        with ExitStack() as each:
+            for instrument in self.instruments:
+                each.enter_context(instrument.counting(times))
+            yield
 
 
 def all_hops(seen: Instruments, axis: Axis, layout: str) -> Iterable[int]:
@@ -90,24 +90,22 @@ def observe(
     log: MemoryLog,
     hops: Callable[[Instruments, Axis, str], Iterable[int]] = all_hops,
     alike: int = 1,
+    others: Iterable[Instrument] = (),
 ) -> Observed:
     """Run one more step, with nothing compiled: a fused kernel shows no instrument what it holds.
 
     Gradients and optimizer state must be there already, as they are from the second step on. alike: for how many each
-    of the micro-batches stands.
+    of the micro-batches stands. others: who watches, too.
     """
     ledger, counter = Ledger(training.model, training.strategy), FlopCounter()
     options = training.strategy.options
     kernel, options.kernel = options.kernel, CountedKernel(options.kernel, counter)
-    seen = Instruments(log, ledger, counter)
+    seen = Instruments(log, ledger, counter, *others)
     around = hooked(hops=lambda axis, layout: hops(seen, axis, layout))
 
     def reach(part: str) -> None:
-        ledger.phase = part
-        if part == "backward":
-            log.end_forward()
-        else:
-            log.reach(part)
+        for instrument in seen.instruments:
+            instrument.reached(part)
 
     with torch.compiler.set_stance("force_eager"), seen, around:
         run_step(training, batches, reach, lambda: seen.counting(alike))

@@ -104,7 +104,10 @@ def run(rank: int, task: Task, meeting: Meeting, progress: Callable[[str], None]
     if task.config.mode == "simulate":
         observed, foretold = simulate(task.config, progress, task.known)
         cluster = task.config.cluster
-        return measured(observed, device_name=cluster.name if cluster else None, foretold=foretold)
+        found = measured(observed, device_name=cluster.name if cluster else None, foretold=foretold)
+        if isinstance(observed.predicted, str):
+            return replace(found, unpredicted=observed.predicted)
+        return replace(found, predicted=observed.predicted)
     load_before = machine.load()
     found = (run_series if task.config.workload in OF_A_MACHINE else run_steps)(task, progress)
     found.host = machine.facts(meeting.interface, task.config.device, load_before)

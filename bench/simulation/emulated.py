@@ -7,6 +7,7 @@ the right size and sane values, but is not what others would have sent. Strategi
 """
 
 import warnings
+from itertools import count
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from strategies.ops.hooks import hooks
 
 in_flight: list[Tensor] = []  # sent and not yet received
 mended: list[library.Library] = []
+numbers = count(1)
 
 
 def stand_for(rank: int, world_size: int, device: str) -> None:
@@ -35,9 +37,18 @@ def stand_for(rank: int, world_size: int, device: str) -> None:
 
 
 def done() -> torch.ScriptObject:
-    future: torch.futures.Future[None] = torch.futures.Future()
-    future.set_result(None)
+    """A work that is done, with a number of its own by which a waiting one can be told."""
+    future: torch.futures.Future[int] = torch.futures.Future()
+    future.set_result(next(numbers))
     return _create_work_from_future(future).boxed()
+
+
+def number_of(work: Any) -> int | None:
+    """Of a work as done() makes it, or of what a collective that is dispatched returns."""
+    work = work[-1] if isinstance(work, tuple) else work
+    if isinstance(work, torch.ScriptObject):
+        work = dist.Work.unbox(work)
+    return work.get_future().value() if isinstance(work, dist.Work) else None
 
 
 def gather(

@@ -12,16 +12,19 @@ from itertools import groupby
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from bench.instruments.memory import MemoryLog
 from bench.instruments.observe import Instruments, Observed, all_hops, observe
 from bench.instruments.step import Workload
 from bench.simulation.fake import RememberingFakeMode
+from bench.simulation.replay import Replay
 from bench.workloads.build import build_attention, build_strategy, build_training
 from bench.workloads.training import Batch
+from conf.clock import Clock
 from conf.keys import Config
-from conf.measurement import Entry, Peak
+from conf.measurement import Entry, Peak, Predicted
 from strategies.ops.layouts import visible
 from strategies.ops.mesh import Axis
 
@@ -94,7 +97,12 @@ def step_of(config: Config, n_layers: int) -> Observed:
         log = MemoryLog("cpu", workload.state(), fake)
     tell_places(workload.model, log)
     hops = all_hops if config.full_depth else alike_once
-    return observe(workload, [batch], log, hops, alike=config.micro_batches)
+    if config.cluster is None or config.cluster.clock is None:
+        return observe(workload, [batch], log, hops, alike=config.micro_batches)
+    clock = Clock.of(config.cluster.clock, config.cluster.name)
+    replay = Replay(config, dist.get_rank() if dist.is_initialized() else 0, clock, strategy.options)
+    observed = observe(workload, [batch], log, hops, alike=config.micro_batches, others=[replay])
+    return replace(observed, predicted=replay.predicted())
 
 
 def tell_places(model: nn.Module, log: MemoryLog) -> None:
@@ -121,6 +129,12 @@ def extrapolated(short: Observed, longer: Observed, n_layers: int) -> Observed:
     def further(at_short: float, at_longer: float) -> float:
         return at_longer + (n_layers - DEPTHS[1]) * (at_longer - at_short)
 
+    def in_time(short: Predicted | str | None, longer: Predicted | str | None) -> Predicted | str | None:
+        if not isinstance(short, Predicted) or not isinstance(longer, Predicted):
+            return longer
+        both = zip(vars(short).values(), vars(longer).values(), strict=True)
+        return Predicted(*({name: further(few.get(name, 0.0), ms) for name, ms in more.items()} for few, more in both))
+
     def grown(short: Peak | Entry, longer: Peak | Entry, names: Iterable[str]) -> Any:
         sizes: dict[str, Any] = {name: further(getattr(short, name), getattr(longer, name)) for name in names}
         return replace(longer, **sizes)
@@ -136,7 +150,7 @@ def extrapolated(short: Observed, longer: Observed, n_layers: int) -> Observed:
             for i in stands_for(int(block[1]), n_layers):
                 comm.append(replace(entry, source=BLOCK.sub(f"blocks.{i}", entry.source)))
     sizes = {name: int(further(getattr(short, name), getattr(longer, name))) for name in SIZES}
-    return Observed(comm=comm, peaks=peaks, **sizes)
+    return Observed(comm=comm, peaks=peaks, predicted=in_time(short.predicted, longer.predicted), **sizes)
 
 
 def edges(peaks: dict[str, Peak], depth: int) -> dict[str, Peak]:
