@@ -1,4 +1,4 @@
-"""python -m analysis table | report | sources | compare | columns | calibrate | published ...   (--help says more)"""
+"""python -m analysis table | report | sources | compare | columns | calibrate | validate | published  (--help: more)"""
 
 import argparse
 import sys
@@ -15,7 +15,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m analysis", description="What it costs, by the book and by the meter."
     )
     commands = main.add_subparsers(
-        dest="command", required=True, metavar="table|report|sources|compare|columns|calibrate|published"
+        dest="command", required=True, metavar="table|report|sources|compare|columns|calibrate|validate|published"
     )
 
     table = commands.add_parser("table", help="the analytic cost table: formulas, or values of one configuration")
@@ -45,6 +45,16 @@ def parser() -> argparse.ArgumentParser:
     calibrate = commands.add_parser("calibrate", help="a cluster's file from what sweep=calibrate measured on it")
     calibrate.add_argument("folder", type=Path, metavar="runs/calibrate")
     calibrate.add_argument("--out", type=Path, metavar="FILE.yaml", help="default: cluster.yaml in the folder")
+    validate = commands.add_parser("validate", help="predicted step times judged by measured ones")
+    validate.add_argument(
+        "sources",
+        nargs="*",
+        metavar="published|runs/mesh2",
+        default=["published"],
+        help="published: analysis/data/steps.csv | a sweep of real rows",
+    )
+    validate.add_argument("--calibration", type=Path, metavar="runs/calibrate", default=Path("runs/calibrate"))
+    validate.add_argument("--out", type=Path, metavar="PAGE.md", help="also as a page, with a picture beside it")
     published = commands.add_parser(
         "published", help="published memory figures beside ours, simulated where they are not yet"
     )
@@ -85,6 +95,10 @@ def answer(arguments: argparse.Namespace) -> tuple[object, list[str]]:
         from analysis import calibrate
 
         return calibrate.printed(arguments.folder, arguments.out), []
+    if arguments.command == "validate":
+        from analysis import validate
+
+        return validate.printed(arguments.sources, arguments.calibration, arguments.out), []
     if arguments.command == "published":
         from analysis import published
 

@@ -524,6 +524,21 @@ def draw_all(sweep: Sweep) -> tuple[dict[str, Figure], list[str]]:
     return figures, left_out
 
 
+def parity(points: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
+    """Predicted over measured, by what was measured. points: a source -> measured and predicted, in ms."""
+    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    axes.axhspan(0.9, 1.1, color="#eeeeee")
+    axes.axhline(1, color="black", linewidth=0.8)
+    for n, (name, (measured, predicted)) in enumerate(points.items()):
+        axes.plot(measured, predicted / measured, "os^Dv<>ph*"[n % 10], label=name, markersize=5, alpha=0.8)
+    axes.set(xscale="log", yscale="log", xlabel="measured, ms", ylabel="predicted over measured")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_title("Is what is predicted what was measured? The band is 10 % either way")
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
 def save(figure: Figure, folder: Path, name: str) -> bytes:
     """As PNG and SVG -> the latter."""
     folder.mkdir(parents=True, exist_ok=True)

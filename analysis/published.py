@@ -7,15 +7,13 @@ the published code keeps beyond ours (`beyond`) is a formula for tensors that it
 
 import csv
 import shlex
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from analysis import UserError
+from analysis import UserError, simulated
 from analysis.reading import read_csv
 from analysis.templates import TEMPLATES
 
@@ -140,10 +138,7 @@ def simulate(cells: list[Figure], folder: Path) -> None:
     """Run what has no row in a sweep's folder, one after the other. A row of oom is a row, too."""
     for cell in cells:
         if cell.overrides and beside([cell], folder)[0].row is None:
-            print(command(cell), file=sys.stderr)
-            subprocess.run(
-                [sys.executable, "-m", "bench", *shlex.split(cell.overrides), f"name={NAME}"], stdout=subprocess.DEVNULL
-            )
+            simulated.run(shlex.split(cell.overrides), NAME)
 
 
 def written(cells: list[Figure]) -> str:
