@@ -20,6 +20,7 @@ from conf.keys import Config
 STEPS = Path(__file__).parent / "data" / "steps.csv"
 PUBLISHED = "published"  # the word that means them, where others are folders
 NAME = "published_steps"
+KERNEL = "attention.kernel=sdpa"  # said, as what `auto` means depends on what is installed, and a row's id on that
 ALIKE = ("workload", "direction", "model", "seq_len", "batch_size", "precision")  # in a group of real rows
 MS: dict[str, Callable[[float, Config], float]] = {  # a published figure by its unit -> ms
     "s": lambda value, config: 1000 * value,
@@ -77,7 +78,7 @@ def published(runs: Path = Path("runs")) -> list[Pair]:
 
 
 def pair_of(line: dict[str, str]) -> Pair:
-    words = shlex.split(line["overrides"])
+    words = [*shlex.split(line["overrides"]), KERNEL]
     config = configuration(words)
     ms = MS[line["unit"]](float(line["value"]), config)
     source = f"{line['framework']}, {line['gpu']}"
@@ -107,7 +108,7 @@ def measured_here(folder: Path, calibration: Path) -> list[Pair]:
             metric="step",
             ms=row["step_ms_median"],
             config=replace(config_of(sweep, row["run_id"]), mode="simulate", cluster=cluster),
-            words=[*shlex.split(row["command"])[3:], *asked],
+            words=[*shlex.split(row["command"])[3:], *asked, f"attention.kernel={row['attention_kernel']}"],
             spread=(row["step_ms_p90"] - row["step_ms_p10"]) / row["step_ms_median"],
         )
         for _, row in real.iterrows()
