@@ -1,6 +1,7 @@
-"""The letters of the formulas: the numbers of one configuration, or sympy's symbols (analysis/symbols.py).
+"""The letters of the formulas: the numbers of one configuration, of many, or sympy's symbols (analysis/symbols.py).
 
-The formulas are plain arithmetic on them. Of numbers they make bytes, of symbols the expressions of the printed table.
+The formulas are plain arithmetic on them. Of numbers they make bytes, of symbols the expressions of the printed table,
+and of arrays, one element a configuration, the bytes of all of them at once (analysis/candidates.py).
 """
 
 from collections.abc import Mapping
@@ -9,17 +10,26 @@ from math import ceil
 from numbers import Real
 from typing import Any
 
+import numpy as np
+
 from conf.keys import Config
 from conf.meshes import place
 
-Amount = Any  # a number, or an expression of sympy's
+Amount = Any  # a number, an array of them, or an expression of sympy's
 BYTES = {"fp32": (4, 4), "bf16": (2, 2), "bf16_mixed": (4, 2)}  # of a weight as it is updated, of an activation
 WIDE = 4  # bytes of what is always exchanged in fp32
 
 
 def whole(x: Amount) -> Amount:
     """A number rounded up; a symbol as it is."""
+    if isinstance(x, np.ndarray):
+        return np.ceil(x)
     return ceil(x) if isinstance(x, Real) else x
+
+
+def alone(ranks: Amount) -> bool:
+    """Is it a group of one rank, which has nobody to send to? Of many configurations: in all of them."""
+    return bool(np.all(ranks == 1))
 
 
 def part(n: Amount, ways: Amount, at: Mapping[str, int] | None, axis: str) -> Amount:
@@ -155,6 +165,6 @@ class Letters:
         if chunks == 1:
             return 1, 1
         here = self.L // (self.u * self.r * tp)
-        size = ceil(here / chunks)
-        pieces = ceil(here / size)
+        size = whole(here / chunks)
+        pieces = whole(here / size)
         return pieces, (here - (pieces - 1) * size) / here

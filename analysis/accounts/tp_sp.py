@@ -1,7 +1,7 @@
 """tp_sp: what was gathered is gathered again for the weights' gradient, not kept (Korthikanti et al. 2022, 4.2.2)."""
 
 from analysis.accounts.account import Account
-from analysis.accounts.letters import Letters
+from analysis.accounts.letters import Amount, Letters
 from analysis.accounts.published import MEGATRON, ODYSSEUS, USP, Published
 from analysis.accounts.sent import Sent, all_gather, reduce_scatter
 from analysis.accounts.tp import vocab_loss
@@ -12,8 +12,19 @@ def around_attention(s: Letters) -> list[Sent]:
     return [
         *(all_gather(phase, s.tp, s.D, "D") for phase in s.forwards),
         *(reduce_scatter(phase, s.tp, s.D, "D") for phase in s.forwards),
-        all_gather("backward", s.tp, 2 * s.D, "D", 2),
-        reduce_scatter("backward", s.tp, s.D, "D"),
+        *backward(s, 1),
+    ]
+
+
+def backward(s: Letters, n: Amount) -> list[Sent]:
+    """The output's gradient; beside the gradient of the input its second half, and beside that of the weights its sum.
+
+    In n pieces.
+    """
+    return [
+        all_gather("backward", s.tp, s.D, "D", n),
+        all_gather("backward", s.tp, s.D, "D", n, beside="products"),
+        reduce_scatter("backward", s.tp, s.D, "D", n, beside="products"),
     ]
 
 
@@ -31,11 +42,7 @@ def around_mlp(s: Letters) -> list[Sent]:
             all_gather("recompute", s.tp, others, "D", n - 1),
             reduce_scatter("recompute", s.tp, others, "D", n - 1),
         ]
-    return [
-        *lines,
-        all_gather("backward", s.tp, 2 * s.D, "D", 2 * n),
-        reduce_scatter("backward", s.tp, s.D, "D", n),
-    ]
+    return [*lines, *backward(s, n)]
 
 
 def ends(s: Letters) -> list[Sent]:
@@ -46,8 +53,8 @@ def ends(s: Letters) -> list[Sent]:
         reduce_scatter("forward", s.tp, s.D, "D"),
         all_gather("forward", s.tp, s.D, "D", n),
         *again,
-        all_gather("backward", s.tp, 2 * s.D, "D", 1 + n),
-        reduce_scatter("backward", s.tp, s.D, "D", n),
+        all_gather("backward", s.tp, s.D, "D"),
+        *backward(s, n)[1:],
         *vocab_loss(s, n),
     ]
 

@@ -4,8 +4,9 @@ ZeRO: Rajbhandari et al. 2020, sections 5 and 7. FSDP2 cuts dim 0 of every weigh
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-from analysis.accounts.letters import WIDE, Amount, Letters, whole
+from analysis.accounts.letters import WIDE, Amount, Letters, alone, whole
 from analysis.accounts.sent import Sent, all_gather, all_reduce, reduce_scatter
 
 
@@ -33,7 +34,7 @@ def norm(s: Letters) -> Weight:
 
 
 def attention_weights(s: Letters) -> list[Weight]:
-    kv = Weight(s.kv_heads * s.K, s.d, "kv" if s.kv_shared != 1 else "tp")
+    kv = Weight(s.kv_heads * s.K, s.d, "tp" if alone(s.kv_shared) else "kv")
     return [Weight(s.h * s.K / s.tp, s.d, "tp"), kv, kv, Weight(s.d, s.h * s.K / s.tp, "tp")]
 
 
@@ -56,24 +57,26 @@ def of_ends(s: Letters) -> list[Group]:
 
 
 def zero(group: Group, s: Letters) -> list[Sent]:
-    """Stage 3: AG forward, AG backward, RS. 2: AG, RS.
+    """Stage 3: AG forward, AG backward, RS; of a block while those before and behind it are computed. 2: AG, RS.
 
     Below stage 2: AR of the gradients (0), or RS of them and AG of the weights (1), once a step for the whole model.
     """
     p = group.ranks
     if s.stage < 2:
         elements = sum(w.rows * w.columns for w in group.weights)
+        once: dict[str, Any] = {"weights": True, "axis": group.axis}
         if s.stage == 0:
-            return [all_reduce("backward", p, elements * s.e_dw, "P", 0, True)]
+            return [all_reduce("backward", p, elements * s.e_dw, "P", 0, **once)]
         return [
-            reduce_scatter("backward", p, elements * s.e_dw, "P", 0, True),
-            all_gather("optimizer", p, elements * s.e, "P", 0, True),
+            reduce_scatter("backward", p, elements * s.e_dw, "P", 0, **once),
+            all_gather("optimizer", p, elements * s.e, "P", 0, **once),
         ]
     elements = sum(whole(w.rows / p) * p * w.columns for w in group.weights)
-    lines = [all_gather("forward", p, elements * s.e, "P", weights=True)]
+    ahead: dict[str, Any] = {"weights": True, "axis": group.axis, "beside": "blocks"}
+    lines = [all_gather("forward", p, elements * s.e, "P", **ahead)]
     if s.stage == 3:
-        lines.append(all_gather("backward", p, elements * s.e, "P", weights=True))
-    return [*lines, reduce_scatter("backward", p, elements * s.e_dw, "P", weights=True)]
+        lines.append(all_gather("backward", p, elements * s.e, "P", **ahead))
+    return [*lines, reduce_scatter("backward", p, elements * s.e_dw, "P", **ahead)]
 
 
 def zero_step(groups: list[Group], s: Letters) -> list[Sent]:
@@ -92,7 +95,7 @@ def buffers(groups: list[Group], s: Letters) -> list[tuple[Amount, Amount]]:
     alike: dict[tuple, Amount] = {}
     for group in groups:
         for w in group.weights:
-            key = group.axis, group.ranks, w.cut if s.tp != 1 and group.axis == "zero" else "not"
+            key = group.axis, group.ranks, w.cut if not alone(s.tp) and group.axis == "zero" else "not"
             alike[key] = alike.get(key, 0) + group.times * w.rows * w.columns
     return [(p, whole(elements / p) * p) for (_, p, _), elements in alike.items()]
 
@@ -108,13 +111,13 @@ def summed_over_tp(s: Letters, split_norms: bool) -> list[Sent]:
     norms = norms if split_norms else 0
     return [
         all_reduce("backward", s.tp, norms * WIDE, "norms", weights=True),
-        all_reduce("backward", s.kv_shared, shared * WIDE, "kv heads", weights=True),
+        all_reduce("backward", s.kv_shared, shared * WIDE, "kv heads", weights=True, axis="tp_replicas"),
     ]
 
 
 def clipped(s: Letters) -> list[Sent]:
     """The gradient's norm, one number."""
-    return [all_reduce("optimizer", s.sharing * s.tp, WIDE, "norm", weights=True)] if s.clipping else []
+    return [all_reduce("optimizer", s.sharing * s.tp, WIDE, "norm", weights=True, axis="world")] if s.clipping else []
 
 
 def kept(groups: list[Group], s: Letters) -> dict[str, Amount]:
@@ -130,7 +133,7 @@ def kept(groups: list[Group], s: Letters) -> dict[str, Amount]:
         for group in groups:
             for w in group.weights:
                 shard = group.times * whole(w.rows / group.ranks) * w.columns
-                parts.append((shard, shard, group.times, group.ranks != 1))
+                parts.append((shard, shard, group.times, not alone(group.ranks)))
     kept = {"params": 0, "grads": 0, "optimizer": 0}
     for held, trained, tensors, by_fsdp2 in parts:
         masters = 0 if by_fsdp2 or s.e_w == s.e else trained * s.e_w
