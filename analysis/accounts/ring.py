@@ -3,6 +3,8 @@
 With ring.kv=all_gather they are gathered, and their gradients reduce-scattered (Llama 3, section 3.3.2).
 """
 
+from typing import Any
+
 from analysis.accounts.account import Account
 from analysis.accounts.letters import Letters
 from analysis.accounts.published import ODYSSEUS, USP, Published
@@ -13,7 +15,7 @@ def hops(s: Letters) -> list[Sent]:
     """Of r - 1 blocks of k and v, whichever way they come; dk and dv may travel in another dtype."""
     kv = (s.r - 1) * 2 * s.kv
     fetched, summed, calls = ("all_gather", "reduce_scatter", 1) if s.gather_kv else ("p2p", "p2p", s.r - 1)
-    around = {"axis": "ring", "beside": "" if s.gather_kv else "attention"}
+    around: dict[str, Any] = {"axis": "ring", "beside": "" if s.gather_kv else "attention"}
     return [
         *(Sent(phase, fetched, "k, v", calls, kv, **around) for phase in (*s.forwards, "backward")),
         Sent("backward", summed, "dk, dv", calls, kv / s.e * s.e_g, **around),

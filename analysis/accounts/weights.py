@@ -120,24 +120,37 @@ def clipped(s: Letters) -> list[Sent]:
     return [all_reduce("optimizer", s.sharing * s.tp, WIDE, "norm", weights=True, axis="world")] if s.clipping else []
 
 
+@dataclass(frozen=True)
+class Share:
+    """What a rank keeps of some tensors: elements that it holds, and of these such as its optimizer updates."""
+
+    held: Amount
+    trained: Amount
+    tensors: Amount
+    by_fsdp2: bool  # or in buffers of our own
+
+
+def shares(groups: list[Group], s: Letters) -> list[Share]:
+    if s.stage < 2:
+        return [Share(n, n / p if s.stage == 1 else n, 1, False) for p, n in buffers(groups, s)]
+    found = []
+    for group in groups:
+        for w in group.weights:
+            shard = group.times * whole(w.rows / group.ranks) * w.columns
+            found.append(Share(shard, shard, group.times, not alone(group.ranks)))
+    return found
+
+
 def kept(groups: list[Group], s: Letters) -> dict[str, Amount]:
     """Bytes of params, grads and optimizer that a rank keeps: two moments, and AdamW's step count for every tensor.
 
     In mixed precision a rank uses its weights in e bytes and keeps masters of what it trains. FSDP2's shards are the
     masters, and their gradients as wide.
     """
-    if s.stage < 2:
-        parts = [(elements, elements / p if s.stage == 1 else elements, 1, False) for p, elements in buffers(groups, s)]
-    else:
-        parts = []
-        for group in groups:
-            for w in group.weights:
-                shard = group.times * whole(w.rows / group.ranks) * w.columns
-                parts.append((shard, shard, group.times, not alone(group.ranks)))
     kept = {"params": 0, "grads": 0, "optimizer": 0}
-    for held, trained, tensors, by_fsdp2 in parts:
-        masters = 0 if by_fsdp2 or s.e_w == s.e else trained * s.e_w
-        kept["params"] += held * (s.e_w if by_fsdp2 else s.e)
-        kept["grads"] += held * (s.e_w if by_fsdp2 else s.e_dw)
-        kept["optimizer"] += masters + 2 * trained * s.e_w + WIDE * tensors
+    for share in shares(groups, s):
+        masters = 0 if share.by_fsdp2 or s.e_w == s.e else share.trained * s.e_w
+        kept["params"] += share.held * (s.e_w if share.by_fsdp2 else s.e)
+        kept["grads"] += share.held * (s.e_w if share.by_fsdp2 else s.e_dw)
+        kept["optimizer"] += masters + 2 * share.trained * s.e_w + WIDE * share.tensors
     return kept

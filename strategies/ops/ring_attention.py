@@ -58,7 +58,7 @@ class RingAttention(Function):
             if grad_q is None:
                 grad_q = accumulator(block_q)
             else:
-                grad_q[:, tile.q] += block_q
+                grad_q[:, tile.q].add_(block_q)  # += would copy the sum onto itself
             travel.give(source, tile.kv, block_kv)
         grad_k, grad_v = travel.own_grad().to(q.dtype)
         return grad_q.to(q.dtype), grad_k, grad_v, None, None
@@ -126,7 +126,7 @@ def travelling_dtype(dtype: torch.dtype, options: Options) -> torch.dtype:
 def add(grad_kv: Tensor, keys: slice, block_kv: Sequence[Tensor]) -> None:
     """Add a block's (dk, dv), of these keys, to the gradient [2, B, S_ring, G, K] in place."""
     for whole, block in zip(grad_kv, block_kv, strict=False):
-        whole[:, keys] += block
+        whole[:, keys].add_(block)  # += would copy the sum onto itself
 
 
 TRAVELS = {"rotate": Rotate, "all_gather": Gather}

@@ -1,0 +1,457 @@
+"""How long a step takes, in closed form: from a strategy's account, and from what its paper says runs beside what.
+
+    of_config(config)                                of a resolved configuration
+    Step(account, letters, mesh, machine).times()    of one, or of arrays of many
+
+A second opinion on bench/simulation/replay.py, which watches the code: the two share a cluster's clock and nothing
+else. Products and attention by their FLOPs, the rest by the bytes that are read and written, derived here by hand.
+What an account calls `beside` something costs the time by which it is longer; for the rest a rank waits.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+
+from analysis import UserError
+from analysis.accounts import account_of, none_of, weights
+from analysis.accounts.account import Account
+from analysis.accounts.letters import WIDE, Amount, Letters, alone
+from analysis.accounts.sent import Sent
+from analysis.accounts.weights import Group, Weight
+from analysis.prices import NOTHING, Machine, Mesh, Work, mesh_of
+from conf import tiers
+from conf.clock import Clock, computed
+from conf.keys import Config
+from conf.meshes import AXES
+from conf.words import Invalid
+
+WAYS = {"forward": ("forward",), "backward": ("recompute", "backward")}  # of a block -> what it exchanges
+
+
+@dataclass
+class Phase:
+    """Forward, backward or the update: what is computed, and what is waited for, by kind of collective, in us."""
+
+    work: Work = NOTHING
+    exposed: dict[str, Amount] = field(default_factory=lambda: defaultdict(float))
+
+    @property
+    def us(self) -> Amount:
+        return self.work.us + sum(self.exposed.values())
+
+    def wait(self, kind: str, us: Amount, beside: Amount = 0.0, times: Amount = 1) -> None:
+        """For something that takes so long, while something else is computed."""
+        self.exposed[kind] = self.exposed[kind] + times * np.maximum(0.0, us - beside)
+
+    def add(self, other: "Phase", times: Amount = 1) -> None:
+        self.work += other.work * times
+        for kind, us in other.exposed.items():
+            self.wait(kind, us, times=times)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Of a step, in milliseconds: its three phases, and what a device does in them."""
+
+    forward: Amount
+    backward: Amount
+    optimizer: Amount
+    parts: dict[str, Amount]  # products, attention, kernels; launches, for which a GPU waits
+    exposed: dict[str, Amount]  # by kind of collective; offload
+
+    @property
+    def step(self) -> Amount:
+        return self.forward + self.backward + self.optimizer
+
+
+def of_config(config: Config) -> Times:
+    """Of a resolved configuration. Raises Invalid where the cluster lacks a figure, UserError without an account."""
+    if (account := account_of(config.strategy.name)) is None:
+        raise UserError(none_of(config.strategy.name))
+    if config.cluster is None:
+        raise Invalid("cluster is null, and a time is that of a machine; cluster=h100 would do")
+    clock = Clock.of(config.cluster.clock, config.cluster.name)
+    machine = Machine(clock, config.cluster.name, tiers.ranks_per_host(config), config.device)
+    s = Letters.of(config)
+    mesh = mesh_of({axis: getattr(config.mesh, axis) or 1 for axis in AXES}, config.placement, s.kv_shared)
+    return Step(account, s, mesh, machine, config.offload != "none").times()
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step of the rank that has most to do."""
+
+    account: Account
+    s: Letters
+    mesh: Mesh
+    on: Machine
+    offload: bool = False
+
+    def times(self) -> Times:
+        """Every micro-batch, and the update. A GPU's host runs ahead, unless it has more to launch than that takes."""
+        forward, backward, update = Phase(), Phase(), self.update()
+        forward.add(self.forward(), self.s.micro)
+        backward.add(self.backward(), self.s.micro)
+        for line in self.once_a_step():
+            (update if line.phase == "optimizer" else backward).wait(line.kind, self.us(line))
+        launched, ended, ends = 0.0, 0.0, [0.0]
+        for phase in (forward, backward, update):
+            launched = launched + self.on.launches(phase.work)
+            ended = np.maximum(ended + phase.us, launched)
+            ends.append(ended / 1000)
+        whole = Phase()
+        for phase in (forward, backward, update):
+            whole.add(phase, 1e-3)
+        parts = {part: getattr(whole.work, part) for part in ("products", "attention", "kernels")}
+        parts["launches"] = ends[-1] - whole.us
+        laps = [after - before for before, after in pairwise(ends)]
+        return Times(laps[0], laps[1], laps[2], parts, dict(whole.exposed))
+
+    # When what is computed, and what is waited for.
+
+    def forward(self) -> Phase:
+        """The weights of a block are gathered while the one before it is computed, the first ones before anything."""
+        found, block = Phase(self.embedding("forward") + self.loss("forward")), self.block("forward")
+        found.add(block, self.s.layers)
+        found.add(self.exchanged("forward", self.account.ends(self.s)))
+        gather, ends = self.gathers(self.blocks), [self.gathers([group]) for group in self.ends]
+        found.wait("all_gather", ends[0])
+        found.wait("all_gather", gather, self.ahead(self.embedding("forward").us))
+        found.wait("all_gather", gather, self.ahead(block.us), self.s.layers - 1)
+        found.wait("all_gather", sum(ends[1:]), self.ahead(block.us))
+        found.wait("offload", self.to_host, block.us, self.s.layers - 1)
+        return found
+
+    def backward(self) -> Phase:
+        """Beside a block the weights of the one before it are gathered, and the gradients of the one behind it summed.
+
+        On the same links, so one after the other.
+        """
+        found, block = Phase(self.embedding("backward") + self.loss("backward")), self.block("backward")
+        found.add(block, self.s.layers)
+        found.add(self.exchanged("backward", self.account.ends(self.s)))
+        again = self.s.stage == 3
+        gather, ends = again * self.gathers(self.blocks), [again * self.gathers([group]) for group in self.ends]
+        reduce, ends_reduce = self.reduces(self.blocks), [self.reduces([group]) for group in self.ends]
+        found.wait("all_gather", sum(ends[1:]))
+        found.wait("all_gather", gather, self.ahead(self.loss("backward").us))
+        for more, less, times in (
+            (gather, reduce, self.s.layers - 2),
+            (gather, sum(ends_reduce[1:]), 1),
+            (ends[0], reduce, 1),
+        ):
+            for kind, us, before in (("all_gather", more, 0.0), ("reduce_scatter", less, more)):
+                found.wait(kind, us, np.maximum(0.0, self.ahead(block.us) - before), times)
+        found.wait("reduce_scatter", reduce, self.ahead(self.embedding("backward").us))
+        found.wait("reduce_scatter", ends_reduce[0])
+        found.wait("offload", self.to_host, block.us, self.s.layers - 1)
+        return found
+
+    def ahead(self, us: Amount) -> Amount:
+        """What ZeRO's collectives may take beside so much else. On a CPU FSDP2 waits for each at once."""
+        return us if self.on.on_gpu else 0.0
+
+    def block(self, way: str) -> Phase:
+        """A block, forward or backward; in backward with what is run again."""
+        if way == "forward":
+            work = self.linears("forward") + self.attention("forward") + self.between("forward")
+        else:
+            work = self.linears("backward") + self.attention("backward") + self.between("backward")
+            if self.s.recompute:
+                work += self.linears("again") + self.attention("forward") + self.between("again")
+        found = Phase(work + self.weights_of(self.blocks, way))
+        for number, part in enumerate(self.account.linears):
+            found.add(self.exchanged(way, part(self.s), number))
+        for part in self.account.attention:
+            found.add(self.exchanged(way, part(self.s)))
+        return found
+
+    def exchanged(self, way: str, lines: Iterable[Sent], half: int | None = None) -> Phase:
+        """Waiting for what is sent, and packing it. half: of a block, beside whose products: attention's, the MLP's."""
+        found, hops = Phase(), defaultdict(list)
+        for line in (line for line in lines if line.phase in WAYS[way]):
+            us, chunk = line.calls * self.us(line), 1 / self.s.head_chunks
+            if line.beside == "attention":
+                hops[line.phase].append(line)
+            elif line.beside == "products":
+                found.wait(line.kind, us, self.gradients("x" if line.kind == "all_gather" else "W", half).us)
+            elif line.kind == "all_to_all":  # the first chunk of the heads on its way in, the last one on its way out
+                found.wait(line.kind, us * chunk)
+                found.wait(line.kind, us * (1 - chunk), self.attention(pass_of(line.phase)).us * (1 - chunk))
+            else:
+                found.wait(line.kind, us)
+            found.work += self.packed(line)
+        for phase, (fetched, *summed) in hops.items():
+            self.around_the_ring(found, pass_of(phase), self.us(fetched), sum(map(self.us, summed)))
+        return found
+
+    def around_the_ring(self, found: Phase, way: str, fetched: Amount, summed: Amount) -> None:
+        """Beside a block of keys and values the next comes by; in backward also the gradient of the one before."""
+        chunks, r = self.s.head_chunks, self.s.r
+        own, visiting = (work.us / chunks for work in self.blocks_of_attention(way))
+        if way == "backward":
+            visits = [(own, fetched, np.minimum(r - 1, 1)), (visiting, fetched, np.minimum(r - 2, 1))]
+            visits += [(visiting, fetched + summed, r - 3), (visiting, summed, np.minimum(r - 2, 1))]
+            found.wait("p2p", summed, times=chunks * np.minimum(r - 1, 1))
+        else:
+            visits = [(own, fetched, np.minimum(r - 1, 1)), (visiting, fetched, r - 2)]
+        for block, hop, times in visits:
+            found.wait("p2p", hop, block, chunks * np.maximum(times, 0))
+
+    def us(self, line: Sent) -> Amount:
+        return self.on.collective(line, self.mesh)
+
+    def gathers(self, groups: list[Group]) -> Amount:
+        """The weights of groups that travel one after the other."""
+        return sum(self.us(weights.zero(group, self.s)[0]) for group in groups) if self.s.stage >= 2 else 0.0
+
+    def reduces(self, groups: list[Group]) -> Amount:
+        return sum(self.us(weights.zero(group, self.s)[-1]) for group in groups) if self.s.stage >= 2 else 0.0
+
+    def once_a_step(self) -> list[Sent]:
+        """Replicas' gradients, and their new weights; gradients of which tp ranks have a part; the gradient's norm."""
+        s = self.s
+        zero = weights.zero_step([*self.account.groups(s), *self.ends], s) if s.stage < 2 else []
+        return [*zero, *weights.summed_over_tp(s, not self.account.whole_norms), *weights.clipped(s)]
+
+    # What is computed.
+
+    @cached_property
+    def blocks(self) -> list[Group]:
+        """The weights of a block, as they travel together."""
+        return [replace(group, times=1) for group in self.account.groups(self.s)]
+
+    @cached_property
+    def ends(self) -> list[Group]:
+        return weights.of_ends(self.s)
+
+    @cached_property
+    def matrices(self) -> list["Matrix"]:
+        """Of a block: q, k, v, o, gate, up, down."""
+        s, pieces = self.s, self.pieces(self.s.mlp_chunks)
+        found = [
+            Matrix(weight, s.tokens / s.tp if group.axis == "world" else s.tokens)
+            for group in self.blocks
+            for weight in group.weights
+            if weight.cut != "not"
+        ]
+        return [*found[:4], *(replace(each, pieces=pieces) for each in found[4:])]
+
+    @cached_property
+    def head(self) -> "Matrix":
+        return Matrix(self.ends[-1].weights[0], self.s.tokens, self.pieces(self.s.loss_chunks))
+
+    def pieces(self, chunks: int) -> Amount:
+        """In how many a rank's tokens between the matrices are cut."""
+        return self.s.pieces(chunks, 1 if self.account.whole_norms else self.s.tp)[0]
+
+    def gathered(self, half: int) -> bool:
+        """Does a half of a block gather its input for all of its products together?"""
+        parts = self.account.linears[half : half + 1]
+        return not alone(self.s.tp) and any(line.beside for part in parts for line in part(self.s))
+
+    def product(self, of: str, matrix: "Matrix") -> Work:
+        """y = x W^T, or the gradient of x or of W."""
+        n, pieces, rows, columns = matrix.tokens, matrix.pieces, matrix.weight.rows, matrix.weight.columns
+        inner = {"y": (n / pieces, columns, rows), "x": (n / pieces, rows, columns), "W": (rows, n / pieces, columns)}
+        return self.on.product(*inner[of], pieces)
+
+    def products(self, of: str, matrices: Iterable["Matrix"]) -> Work:
+        return sum((self.product(each, matrix) for matrix in matrices for each in of), NOTHING)
+
+    def gradients(self, of: str, half: int | None) -> Work:
+        """Of the matrices that share their input: q, k and v; gate and up; the head."""
+        halves = {0: self.matrices[:3], 1: self.matrices[4:6], None: [self.head]}
+        return self.products(of, halves[half])
+
+    def linears(self, way: str) -> Work:
+        """A block's matrices. What is run again stops where backward has what it needs: before the last product."""
+        attention, mlp, chunked = self.matrices[:4], self.matrices[4:], self.s.mlp_chunks > 1
+        if way == "forward":
+            return self.products("y", self.matrices)
+        if way == "again":
+            pieces = mlp[0].pieces
+            of_mlp = self.products("y", mlp) * ((pieces - 1) / pieces) if chunked else self.products("y", mlp[:2])
+            return self.products("y", attention) + of_mlp
+        return self.products("xW", self.matrices) + self.products("y", mlp[:2] if chunked else ()) + self.summed(mlp)
+
+    def summed(self, matrices: Iterable["Matrix"]) -> Work:
+        """The pieces' parts of a weight's gradient."""
+        sizes = ((matrix.weight.rows * matrix.weight.columns, matrix.pieces - 1) for matrix in matrices)
+        return sum((self.on.kernel("other", size, self.s.e, times) for size, times in sizes), NOTHING)
+
+    def attention(self, way: str) -> Work:
+        """All blocks of it, and the copies that heads make for an exchange."""
+        own, visiting = self.blocks_of_attention(way)
+        return own + visiting * (self.s.r - 1) + self.heads_for_tokens()
+
+    def blocks_of_attention(self, way: str) -> tuple[Work, Work]:
+        """Over a rank's own keys, and over those of one other rank of the ring, that all its queries come after.
+
+        Around the ring sums are in fp32: of the outputs, merged; and of the gradients of q, and of k and v.
+        """
+        s, on, chunks, ring = self.s, self.on, self.s.head_chunks, self.s.r > 1
+        n, q, kv = s.L // s.r, s.q / s.e / s.head_chunks, 2 * s.kv / s.e / s.head_chunks
+        triangle = computed(n, on.clock.tile)
+        pairs = {"contiguous": n * n, "zigzag": n * (n // 2), "striped": triangle}[s.layout]
+        heads = s.B * s.h / (s.tp * s.u) / chunks
+        own = on.attention(way, heads * triangle, s.K, chunks)
+        visiting = on.attention(way, heads * pairs, s.K, chunks)
+        seen = kv / 2 if s.layout == "zigzag" else kv  # of the keys of another rank
+        cast = on.moves(q * (s.e + WIDE), 2 * chunks * ring * (s.e != WIDE), "copy")  # to fp32 and back
+        if way == "forward":
+            own += cast + on.moves(2 * s.e * kv, chunks * ring, "copy")
+            return own, visiting + on.kernel("merge", q, s.e, chunks)
+        kv_sum = on.moves((s.e + 2 * s.e_g) * seen / 2, 2 * chunks)
+        own += (
+            cast
+            + on.moves((s.e + 2 * s.e_g) * kv / 2, 2 * chunks * ring)
+            + on.moves((s.e_g + s.e) * kv, chunks * ring * (s.e_g != s.e), "copy")
+        )
+        own += on.moves(s.e_g * kv, chunks * ring, "copy")  # zeros, to which the first rank adds
+        return own, visiting + on.moves((s.e + 2 * WIDE) * q, chunks) + kv_sum
+
+    def heads_for_tokens(self) -> Work:
+        """Each of q, k, v and out is put in order once, on one side of its exchange; for several sequences on both."""
+        s, chunks = self.s, self.s.head_chunks
+        times = chunks * (s.u > 1) * (1 + (s.B > 1))
+        copies = self.copy(s.q / chunks, 2 * times) + self.copy(s.kv / chunks, 2 * times)
+        if s.packed:
+            copies += self.copy((s.q + 2 * s.kv) / chunks, chunks * (s.u > 1))
+        return (
+            copies
+            + self.copy(s.kv * (1 + 1 / s.rho) / 2, 2 * (s.rho > 1))
+            + self.copy(s.q, s.u > 1 if chunks > 1 else 0)
+        )
+
+    def copy(self, size: Amount, calls: Amount = 1) -> Work:
+        """Of so many bytes, read and written."""
+        return self.on.moves(2 * size, calls, "copy")
+
+    def between(self, way: str) -> Work:
+        """Between a block's matrices: norms, rotary embedding, SwiGLU, residuals, and sums of gradients."""
+        s, gate = self.s, self.matrices[4]
+        x, inside = self.account.between(s) * s.d, (s.tokens * s.d, gate.tokens * s.d)
+        q, k = s.tokens * s.h * s.K / s.tp, s.tokens * s.kv_heads * s.K
+        wide, pieces, chunked = gate.tokens * gate.weight.rows / gate.pieces, gate.pieces, s.mlp_chunks > 1
+
+        def kernels(way: str, residuals: int) -> Work:
+            found = self.on.kernel(f"norm{way}", x, s.e, 2) + self.on.kernel(f"swiglu{way}", wide, s.e, pieces)
+            found += self.on.kernel(f"rotary{way}", q, s.e) + self.on.kernel(f"rotary{way}", k, s.e)
+            return found + self.on.kernel("other", x, s.e, residuals)
+
+        if way != "backward":  # the last residual is nothing that backward needs
+            return kernels("", 2 if way == "forward" else 1) + self.copy(x * s.e, int(chunked))
+        found = kernels(" backward", 2)
+        for half, (elements, sums) in enumerate(zip(inside, (2, 1), strict=True)):
+            found += self.on.kernel("other", elements, s.e, 0 if self.gathered(half) else sums)
+        if s.selective:
+            found += self.on.kernel("norm", x, s.e, 2)
+        if s.selective or chunked:
+            found += self.on.kernel("swiglu", wide, s.e, pieces)
+        return found
+
+    def packed(self, line: Sent) -> Work:
+        """A sum over tp goes into a copy; parts of several sequences are put in order. On a CPU a rank sums them."""
+        s, size = self.s, self.s.D / np.maximum(1, self.pieces(self.s.mlp_chunks))
+        if line.of != "D" or alone(s.tp):
+            return NOTHING
+        if line.kind == "all_reduce":
+            return self.copy(size, line.calls)
+        sums = self.on.moves(size * (1 + 1 / s.tp), line.calls * (line.kind == "reduce_scatter" and not self.on.on_gpu))
+        return sums + self.copy(size, line.calls * (s.B > 1))
+
+    def weights_of(self, groups: list[Group], way: str) -> Work:
+        """Weights as they arrive, and their gradients as they leave: with FSDP2 copied to and from the messages.
+
+        On a GPU what it does to a rank's shard, it does aside.
+        """
+        s, on, found = self.s, self.on, NOTHING
+        for group in groups:
+            size, n = sum(weight.rows * weight.columns for weight in group.weights), len(group.weights)
+            shard = size / group.ranks
+            if s.stage < 2 or alone(group.ranks):
+                each = 3 * s.e if s.e_dw == s.e else 2 * s.e_dw + s.e
+                found += on.moves(each * size / n, n * (way == "backward"))
+                continue
+            if way == "forward" or s.stage == 3:
+                cast = on.moves((s.e_w + s.e) * shard / n, n * (s.e_w != s.e), "copy")
+                found += self.copy(s.e * size) + on.aside(cast + self.copy(s.e * shard))
+            if way == "backward":
+                cast = on.moves((s.e_dw + s.e_w) * shard / n, n * (s.e_dw != s.e_w), "copy")
+                summed = on.moves(s.e_dw * (size + shard), int(not on.on_gpu))
+                found += on.moves((s.e + s.e_dw) * size, 1, "copy") + on.aside(
+                    cast + summed + on.moves(3 * s.e_w * shard / n, n)
+                )
+        return found
+
+    def embedding(self, way: str) -> Work:
+        """Rows of the table; with tp, zeros where another rank has it."""
+        s, table = self.s, self.ends[0].weights[0]
+        rows = self.copy(s.tokens * s.d * s.e)
+        found = self.weights_of(self.ends[:1], way) + rows * (1 - alone(s.tp))
+        if way == "backward":
+            return found + self.on.moves(s.e * (s.tokens + table.rows) * s.d)
+        return found + rows
+
+    def loss(self, way: str) -> Work:
+        """The last norm, the logits and their loss, in fp32 over the vocabulary; in pieces, each run again."""
+        s, on, x, again = self.s, self.on, self.account.between(self.s) * self.s.d, self.s.loss_chunks > 1
+        pieces = self.head.pieces
+        logits = self.head.tokens * self.head.weight.rows / pieces
+        cast = on.moves((s.e + WIDE) * logits, pieces * (s.e != WIDE), "copy")
+        if alone(s.tp):  # log-softmax read and written; in backward the labels' gradient too, and its own
+            there, back = on.moves(2 * WIDE * logits, pieces), on.moves((1 + 3) * WIDE * logits / 2, 2 * pieces)
+        else:  # the highest; exponentials of differences, in two steps; their sum; divided by it; in backward scaled
+            there = on.moves(s.e * logits, pieces) + on.moves(7 * WIDE * logits / 4, 4 * pieces)
+            back = on.moves(2 * WIDE * logits, pieces)
+        there += cast + self.products("y", [self.head])
+        found = self.weights_of(self.ends[1:], way)
+        if way == "forward":
+            return found + on.kernel("norm", x, s.e) + there
+        found += back + cast + self.products("xW", [self.head]) + on.kernel("norm backward", x, s.e)
+        return found + (there if again else NOTHING) + self.copy(x * s.e, int(again)) + self.summed([self.head])
+
+    def update(self) -> Phase:
+        """The gradient's norm, clipping, AdamW, gradients zeroed, and new weights from masters."""
+        s, on, found = self.s, self.on, NOTHING
+        for share in weights.shares([*self.account.groups(s), *self.ends], s):
+            each, n = share.trained / share.tensors, share.tensors
+            e_dw = s.e_w if share.by_fsdp2 else s.e_dw
+            if s.clipping:
+                found += on.moves(2 * WIDE * each, n) + on.moves(WIDE * each, n)
+                found += on.moves((e_dw + WIDE) * each, n * (e_dw != WIDE), "copy") + on.moves(
+                    2 * s.e_w * share.trained
+                )
+            found += on.moves((e_dw + s.e_w) * each, n * (e_dw != s.e_w), "copy")
+            found += on.kernel("optimizer", share.trained, s.e_w) + on.moves(e_dw * share.held, 1, "copy")
+            found += on.moves((s.e_w + s.e) * each, n * (not share.by_fsdp2 and s.e_w != s.e), "copy")
+            found += self.copy(s.e * share.held, int(s.stage == 1 and not alone(s.sharing)))
+        return Phase(found)
+
+    @property
+    def to_host(self) -> Amount:
+        """A block's input on its way to the host's memory, or back."""
+        return (
+            self.on.clock.host_us(self.account.saved_by_block(self.s), self.on.cluster, np.maximum)
+            if self.offload
+            else 0.0
+        )
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight, the tokens that it sees, and in how many pieces one after the other."""
+
+    weight: Weight
+    tokens: Amount
+    pieces: Amount = 1
+
+
+def pass_of(phase: str) -> str:
+    """Forward is what runs again, too."""
+    return "backward" if phase == "backward" else "forward"

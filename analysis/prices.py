@@ -1,0 +1,117 @@
+"""What a clock says of many configurations at once: of a device's work, and of collectives along the axes of a mesh.
+
+Everything takes numbers, or arrays of numpy with one element a configuration, and answers in microseconds.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from math import prod
+
+import numpy as np
+
+from analysis.accounts.letters import Amount
+from analysis.accounts.sent import Sent
+from conf.clock import Clock, Group
+from conf.keys import PLACEMENTS
+from conf.series import moved
+from conf.tiers import BY_PAIRS
+
+Mesh = Mapping[str, tuple[Amount, Amount]]  # axis -> ranks along it, and how far it is from one to the next
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a device computes, by what it is, and in how many operations."""
+
+    products: Amount = 0.0
+    attention: Amount = 0.0
+    kernels: Amount = 0.0
+    calls: Amount = 0
+
+    @property
+    def us(self) -> Amount:
+        return self.products + self.attention + self.kernels
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(Work)))
+
+    def __mul__(self, n: Amount) -> "Work":
+        return Work(*(getattr(self, each.name) * n for each in fields(Work)))
+
+
+NOTHING = Work()
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A cluster's clock, and what else decides how long something takes."""
+
+    clock: Clock
+    cluster: str
+    ranks_per_node: int
+    device: str = "cuda"
+
+    @property
+    def on_gpu(self) -> bool:
+        """Is there a host that launches what a device computes, and goes on?"""
+        return self.device == "cuda"
+
+    def launches(self, work: Work) -> Amount:
+        """How long the host takes to launch it. A CPU is its own host."""
+        return work.calls * self.clock.call_us * self.on_gpu
+
+    def works(self, part: str, us: Amount, calls: Amount) -> Work:
+        """So many operations of so many microseconds. On a CPU none is shorter than a call."""
+        us = us if self.on_gpu else np.maximum(us, self.clock.call_us)
+        return Work(**{part: us * calls, "calls": calls})
+
+    def aside(self, work: Work) -> Work:
+        """On another stream of a GPU, which takes its host's time alone."""
+        return Work(calls=work.calls) if self.on_gpu else work
+
+    def product(self, rows: Amount, inner: Amount, columns: Amount, calls: Amount = 1) -> Work:
+        """[rows, inner] by [inner, columns]"""
+        us = self.clock.product_us(2 * rows * inner * columns, rows, columns, np.maximum)
+        return self.works("products", us, calls)
+
+    def attention(self, way: str, pairs: Amount, head_dim: Amount, calls: Amount = 1) -> Work:
+        """forward or backward over so many query-key pairs of one head."""
+        return self.works("attention", self.clock.attention_us(way, pairs, head_dim, np.maximum), calls)
+
+    def moves(self, size: Amount, calls: Amount = 1, kind: str = "other") -> Work:
+        """Kernels that read and write so many bytes each."""
+        return self.works("kernels", self.clock.kernel_us(kind, size, np.maximum), calls)
+
+    def kernel(self, kernel: str, elements: Amount, element_size: Amount, calls: Amount = 1) -> Work:
+        """Those whose bytes conf/series.py knows, by the elements of their output."""
+        return self.moves(moved(kernel, elements, element_size), calls, kernel.split()[0])
+
+    def group(self, kind: str, ranks: int, stride: int) -> Group:
+        """Ranks so far from each other, on nodes that have equally many: conf/tiers.py's rule, for a regular mesh."""
+        here = min(ranks, max(1, self.ranks_per_node // stride))
+        if here == ranks:
+            return Group(ranks)
+        by_pairs = kind in BY_PAIRS[self.device]
+        leaves = 1.0 if kind == "p2p" else (ranks - here) / (ranks - 1) if by_pairs else 1 / here
+        return Group(ranks, -(-ranks // here), leaves, 1 - leaves if by_pairs else 1.0)
+
+    def collective(self, line: Sent, mesh: Mesh) -> Amount:
+        """One call of a line; no time where there is nobody to send to. Raises Invalid for links of unknown speed."""
+        sent = line.bytes / np.maximum(line.calls, 1)
+        ranks, stride, size = np.broadcast_arrays(*mesh[line.axis], sent)
+        us = np.zeros(size.shape)
+        for each in np.unique(np.stack([ranks, stride]).reshape(2, -1), axis=1).T:
+            here = (ranks == each[0]) & (stride == each[1]) & (size > 0)
+            if here.any():
+                group = self.group(line.kind, *map(int, each))
+                us[here] = self.clock.collective_us(line.kind, group, size[here], self.cluster, np.maximum)
+        return us
+
+
+def mesh_of(degrees: Mapping[str, Amount], placement: str, kv_shared: Amount = 1) -> Mesh:
+    """The axes of a mesh, and the groups that conf/tiers.py makes of them."""
+    order = PLACEMENTS[placement]
+    found = {axis: (degrees[axis], prod(degrees[after] for after in order[order.index(axis) + 1 :])) for axis in order}
+    ranks, (tp, nearest) = prod(degrees.values()), found["tp"]
+    others = ranks // tp, tp if order[-1] == "tp" else 1
+    return {**found, "zero": others, "world": (ranks, 1), "tp_replicas": (kv_shared, nearest)}
