@@ -70,15 +70,22 @@ class Times:
 
 def of_config(config: Config) -> Times:
     """Of a resolved configuration. Raises Invalid where the cluster lacks a figure, UserError without an account."""
+    return step_of(config).times()
+
+
+def step_of(config: Config) -> "Step":
     if (account := account_of(config.strategy.name)) is None:
         raise UserError(none_of(config.strategy.name))
+    s = Letters.of(config)
+    mesh = mesh_of({axis: getattr(config.mesh, axis) or 1 for axis in AXES}, config.placement, s.kv_shared)
+    return Step(account, s, mesh, machine_of(config), config.offload != "none")
+
+
+def machine_of(config: Config) -> Machine:
     if config.cluster is None:
         raise Invalid("cluster is null, and a time is that of a machine; cluster=h100 would do")
     clock = Clock.of(config.cluster.clock, config.cluster.name)
-    machine = Machine(clock, config.cluster.name, tiers.ranks_per_host(config), config.device)
-    s = Letters.of(config)
-    mesh = mesh_of({axis: getattr(config.mesh, axis) or 1 for axis in AXES}, config.placement, s.kv_shared)
-    return Step(account, s, mesh, machine, config.offload != "none").times()
+    return Machine(clock, config.cluster.name, tiers.ranks_per_host(config), config.device)
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,7 @@ class Step:
 
     def forward(self) -> Phase:
         """The weights of a block are gathered while the one before it is computed, the first ones before anything."""
-        found, block = Phase(self.embedding("forward") + self.loss("forward")), self.block("forward")
+        found, block = Phase(self.angles() + self.embedding("forward") + self.loss("forward")), self.block("forward")
         found.add(block, self.s.layers)
         found.add(self.exchanged("forward", self.account.ends(self.s)))
         gather, ends = self.gathers(self.blocks), [self.gathers([group]) for group in self.ends]
@@ -131,18 +138,19 @@ class Step:
 
         On the same links, so one after the other.
         """
-        found, block = Phase(self.embedding("backward") + self.loss("backward")), self.block("backward")
+        ends = self.embedding("backward") + self.loss("backward") + self.parts_of_norms()
+        found, block = Phase(ends), self.block("backward")
         found.add(block, self.s.layers)
         found.add(self.exchanged("backward", self.account.ends(self.s)))
         again = self.s.stage == 3
-        gather, ends = again * self.gathers(self.blocks), [again * self.gathers([group]) for group in self.ends]
+        gather, ends_gather = again * self.gathers(self.blocks), [again * self.gathers([group]) for group in self.ends]
         reduce, ends_reduce = self.reduces(self.blocks), [self.reduces([group]) for group in self.ends]
-        found.wait("all_gather", sum(ends[1:]))
+        found.wait("all_gather", sum(ends_gather[1:]))
         found.wait("all_gather", gather, self.ahead(self.loss("backward").us))
         for more, less, times in (
             (gather, reduce, self.s.layers - 2),
             (gather, sum(ends_reduce[1:]), 1),
-            (ends[0], reduce, 1),
+            (ends_gather[0], reduce, 1),
         ):
             for kind, us, before in (("all_gather", more, 0.0), ("reduce_scatter", less, more)):
                 found.wait(kind, us, np.maximum(0.0, self.ahead(block.us) - before), times)
@@ -356,14 +364,11 @@ class Step:
         return found
 
     def packed(self, line: Sent) -> Work:
-        """A sum over tp goes into a copy; parts of several sequences are put in order. On a CPU a rank sums them."""
+        """A sum over tp goes into a copy; parts of several sequences are put in order."""
         s, size = self.s, self.s.D / np.maximum(1, self.pieces(self.s.mlp_chunks))
         if line.of != "D" or alone(s.tp):
             return NOTHING
-        if line.kind == "all_reduce":
-            return self.copy(size, line.calls)
-        sums = self.on.moves(size * (1 + 1 / s.tp), line.calls * (line.kind == "reduce_scatter" and not self.on.on_gpu))
-        return sums + self.copy(size, line.calls * (s.B > 1))
+        return self.copy(size, line.calls if line.kind == "all_reduce" else line.calls * (s.B > 1))
 
     def weights_of(self, groups: list[Group], way: str) -> Work:
         """Weights as they arrive, and their gradients as they leave: with FSDP2 copied to and from the messages.
@@ -383,17 +388,31 @@ class Step:
                 found += self.copy(s.e * size) + on.aside(cast + self.copy(s.e * shard))
             if way == "backward":
                 cast = on.moves((s.e_dw + s.e_w) * shard / n, n * (s.e_dw != s.e_w), "copy")
-                summed = on.moves(s.e_dw * (size + shard), int(not on.on_gpu))
                 found += on.moves((s.e + s.e_dw) * size, 1, "copy") + on.aside(
-                    cast + summed + on.moves(3 * s.e_w * shard / n, n)
+                    cast + on.moves(3 * s.e_w * shard / n, n)
                 )
         return found
+
+    def angles(self) -> Work:
+        """The cosine and sine of every position's, in some nine steps."""
+        return self.copy(self.s.tokens / self.s.B * self.s.K * self.s.e, 9)
+
+    def of_tokens(self, calls: Amount) -> Work:
+        """Kernels with a number or two for every token: of few tokens, the time to launch them."""
+        return self.on.moves(2 * WIDE * self.s.tokens / self.head.pieces, calls)
+
+    def parts_of_norms(self) -> Work:
+        """Gradients of which tp ranks have a part: into one buffer, and back."""
+        split = not (alone(self.s.tp) or self.account.whole_norms)
+        return self.copy(self.s.d * WIDE, split * (2 * self.s.layers + 4))
 
     def embedding(self, way: str) -> Work:
         """Rows of the table; with tp, zeros where another rank has it."""
         s, table = self.s, self.ends[0].weights[0]
         rows = self.copy(s.tokens * s.d * s.e)
-        found = self.weights_of(self.ends[:1], way) + rows * (1 - alone(s.tp))
+        found = self.weights_of(self.ends[:1], way)
+        if not alone(s.tp):
+            found += rows + self.of_tokens(5 if way == "forward" else 0)
         if way == "backward":
             return found + self.on.moves(s.e * (s.tokens + table.rows) * s.d)
         return found + rows
@@ -405,10 +424,12 @@ class Step:
         logits = self.head.tokens * self.head.weight.rows / pieces
         cast = on.moves((s.e + WIDE) * logits, pieces * (s.e != WIDE), "copy")
         if alone(s.tp):  # log-softmax read and written; in backward the labels' gradient too, and its own
-            there, back = on.moves(2 * WIDE * logits, pieces), on.moves((1 + 3) * WIDE * logits / 2, 2 * pieces)
+            there = on.moves(2 * WIDE * logits, pieces) + self.of_tokens(2 * pieces)
+            back = on.moves((1 + 3) * WIDE * logits / 2, 2 * pieces)
         else:  # the highest; exponentials of differences, in two steps; their sum; divided by it; in backward scaled
             there = on.moves(s.e * logits, pieces) + on.moves(7 * WIDE * logits / 4, 4 * pieces)
-            back = on.moves(2 * WIDE * logits, pieces)
+            there += self.of_tokens(20 * pieces)
+            back = on.moves(2 * WIDE * logits, pieces) + self.of_tokens(4 * pieces)
         there += cast + self.products("y", [self.head])
         found = self.weights_of(self.ends[1:], way)
         if way == "forward":
@@ -418,20 +439,20 @@ class Step:
 
     def update(self) -> Phase:
         """The gradient's norm, clipping, AdamW, gradients zeroed, and new weights from masters."""
-        s, on, found = self.s, self.on, NOTHING
-        for share in weights.shares([*self.account.groups(s), *self.ends], s):
+        s, on, found, scaled, zeroed = self.s, self.on, NOTHING, 0.0, 0.0
+        shares = weights.shares([*self.account.groups(s), *self.ends], s)
+        for share in shares:
             each, n = share.trained / share.tensors, share.tensors
             e_dw = s.e_w if share.by_fsdp2 else s.e_dw
-            if s.clipping:
-                found += on.moves(2 * WIDE * each, n) + on.moves(WIDE * each, n)
-                found += on.moves((e_dw + WIDE) * each, n * (e_dw != WIDE), "copy") + on.moves(
-                    2 * s.e_w * share.trained
-                )
+            scaled, zeroed = scaled + share.trained, zeroed + share.held * e_dw
+            if s.clipping:  # in fp32: its square, their sum, and that once for all who have it
+                found += on.moves(2 * WIDE * each, n) + on.moves(WIDE * each, n) + on.moves(WIDE, n)
+                found += on.moves((e_dw + WIDE) * each, n * (e_dw != WIDE), "copy")
             found += on.moves((e_dw + s.e_w) * each, n * (e_dw != s.e_w), "copy")
-            found += on.kernel("optimizer", share.trained, s.e_w) + on.moves(e_dw * share.held, 1, "copy")
             found += on.moves((s.e_w + s.e) * each, n * (not share.by_fsdp2 and s.e_w != s.e), "copy")
             found += self.copy(s.e * share.held, int(s.stage == 1 and not alone(s.sharing)))
-        return Phase(found)
+        clipped = on.moves(2 * s.e_w * scaled, int(s.clipping)) + on.moves(WIDE, 8 * s.clipping)
+        return Phase(found + clipped + on.kernel("optimizer", scaled, s.e_w) + on.moves(zeroed, 1, "copy"))
 
     @property
     def to_host(self) -> Amount:
