@@ -295,7 +295,7 @@ class Step:
     def attention(self, way: str) -> Work:
         """All blocks of it, and the copies that heads make for an exchange."""
         own, visiting = self.blocks_of_attention(way)
-        return own + visiting * (self.s.r - 1) + self.heads_for_tokens()
+        return own + visiting * (self.s.r - 1) + self.heads_for_tokens(way)
 
     def blocks_of_attention(self, way: str) -> tuple[Work, Work]:
         """Over a rank's own keys, and over those of one other rank of the ring, that all its queries come after.
@@ -323,11 +323,13 @@ class Step:
         own += on.moves(s.e_g * kv, chunks * ring, "copy")  # zeros, to which the first rank adds
         return own, visiting + on.moves((s.e + 2 * WIDE) * q, chunks) + kv_sum
 
-    def heads_for_tokens(self) -> Work:
+    def heads_for_tokens(self, way: str) -> Work:
         """Each of q, k, v and out is put in order once, on one side of its exchange; for several sequences on both."""
         s, chunks = self.s, self.s.head_chunks
         times = chunks * (s.u > 1) * (1 + (s.B > 1))
         copies = self.copy(s.q / chunks, 2 * times) + self.copy(s.kv / chunks, 2 * times)
+        if way == "backward":  # of the heads' chunks, even if there is one alone, gradients are put together
+            copies += self.copy(s.q, 1 * (s.u > 1)) + self.copy(s.kv, 2 * (s.u > 1))
         if s.packed:
             copies += self.copy((s.q + 2 * s.kv) / chunks, chunks * (s.u > 1))
         return (

@@ -133,6 +133,7 @@ def kept_by(row: pd.Series, config: Config) -> list[dict]:
 def with_analytic(sweep: Sweep, audits: list[Audit]) -> pd.DataFrame:
     """The rows again, with what was derived for them and the ratio of counted to derived."""
     rows = sweep.rows.drop(columns=["label", "config", "losses", "errors", "round_ms", "traceback"], errors="ignore")
+    rows = rows.copy()  # pandas warns of many columns that were added one by one
     derived = {a.run_id: a for a in audits}
     rows["derived_comm_bytes"] = [round(derived[r].derived) if r in derived else None for r in rows.run_id]
     analytic = pd.to_numeric(rows.derived_comm_bytes).fillna(rows.analytic_comm_bytes)
