@@ -73,6 +73,17 @@ class Predicted:
         return sum(ms for name, ms in self.exposed.items() if name in COLLECTIVES)
 
 
+@dataclass(frozen=True)
+class Span:
+    """What a lane of a predicted step did from when to when, in us, or what the main one waited for."""
+
+    lane: str  # a stream, the axis of collectives, offload, or model: which part of it the main stream is in
+    name: str
+    begun: float
+    done: float
+    waited: bool = False
+
+
 @dataclass
 class Host:
     """A machine on which ranks ran; None of what it does not tell."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from bench.instruments.instrument import Instrument
 from bench.instruments.ledger import Ledger
 from bench.instruments.memory import MemoryLog
 from bench.instruments.step import Workload, run_step
-from conf.measurement import Entry, Peak, Predicted
+from conf.measurement import Entry, Peak, Predicted, Span
 from strategies.ops.hooks import every_hop, hooked
 from strategies.ops.mesh import Axis
 
@@ -29,6 +29,7 @@ class Observed:
     after_forward: int
     host_bytes: int = 0
     predicted: Predicted | str | None = None  # by a clock, or why not
+    spans: list[Span] = field(default_factory=list)  # what ran when by that clock, where that was asked for
 
     @property
     def peak(self) -> Peak:

@@ -25,7 +25,7 @@ from bench.instruments.memory import MemoryLog
 from bench.instruments.observe import Observed, observe
 from bench.instruments.step import run_step
 from bench.instruments.timing import Stopwatch
-from bench.instruments.trace import trace
+from bench.instruments.trace import in_lanes, trace, write_trace
 from bench.ranks import ends
 from bench.ranks.task import Failure, Meeting, Ready, Task
 from bench.simulation.emulated import stand_for
@@ -104,6 +104,8 @@ def run(rank: int, task: Task, meeting: Meeting, progress: Callable[[str], None]
     if task.config.mode == "simulate":
         observed, foretold = simulate(task.config, progress, task.known)
         cluster = task.config.cluster
+        if observed.spans:
+            write_trace(in_lanes(observed.spans), trace_file(task, rank))
         found = measured(observed, device_name=cluster.name if cluster else None, foretold=foretold)
         if isinstance(observed.predicted, str):
             return replace(found, unpredicted=observed.predicted)
@@ -112,6 +114,10 @@ def run(rank: int, task: Task, meeting: Meeting, progress: Callable[[str], None]
     found = (run_series if task.config.workload in OF_A_MACHINE else run_steps)(task, progress)
     found.host = machine.facts(meeting.interface, task.config.device, load_before)
     return found
+
+
+def trace_file(task: Task, rank: int) -> Path:
+    return Path(task.traces) / f"trace_rank{rank}.json"
 
 
 def join(rank: int, task: Task, meeting: Meeting) -> None:
@@ -181,7 +187,7 @@ def run_steps(task: Task, progress: Callable[[str], None]) -> Rank:
     if isinstance(workload, Training) and config.save_path is not None and not made_up:
         save(workload, config, rank)
     if config.profile and not task.silent:
-        trace(workload, batches, Path(task.traces) / f"trace_rank{rank}.json")
+        trace(workload, batches, trace_file(task, rank))
     if isinstance(workload, AttentionAlone) and not made_up:
         found["errors"] = workload.errors()
     progress("counting")

@@ -24,7 +24,7 @@ from bench.simulation.streams import MAIN, Streams
 from conf import tiers
 from conf.clock import Clock, Group, computed
 from conf.keys import Config
-from conf.measurement import Predicted
+from conf.measurement import Predicted, Span
 from conf.series import moved
 from conf.words import Invalid
 from models import llama, offload
@@ -43,7 +43,7 @@ class Replay(Instrument):
         self.on_gpu = config.device == "cuda"
         self.streams = Streams(clock.call_us, ahead=self.on_gpu, drawn=config.profile)
         self.prices = Prices(clock)
-        self.default = torch.cpu.current_stream()
+        self.names = {torch.cpu.current_stream(): MAIN}
         self.groups: dict[tuple, Group] = {}
         self.inside = 0  # of a kernel that is priced as one
         self.unknown = ""
@@ -54,6 +54,10 @@ class Replay(Instrument):
         found = self.streams.laps, self.streams.work, self.streams.exposed
         ms = ({name: us / 1000 for name, us in each.items() if us} for each in found)
         return self.unknown or Predicted(*ms)
+
+    def drawn(self) -> list[Span]:
+        """Of profile=true: what ran when, and which part of the model that was."""
+        return self.streams.spans
 
     # What the step shows.
 
@@ -103,12 +107,12 @@ class Replay(Instrument):
         return self.config.cluster.name if self.config.cluster else ""
 
     @property
-    def now(self) -> Any:
+    def now(self) -> str:
         """The stream on which the code is."""
         return self.named(torch.cpu.current_stream()) if self.on_gpu else MAIN
 
-    def named(self, stream: Any) -> Any:
-        return MAIN if stream is self.default else stream
+    def named(self, stream: Any) -> str:
+        return self.names.setdefault(stream, f"FSDP2 {len(self.names)}")
 
     @contextmanager
     def one(self, part: str, us: float) -> Iterator[None]:

@@ -95,26 +95,32 @@ def step_of(config: Config, n_layers: int) -> Observed:
             training.load(lambda name, shape: torch.empty(shape)).warm()
     with fake:
         log = MemoryLog("cpu", workload.state(), fake)
-    tell_places(workload.model, log)
     hops = all_hops if config.full_depth else alike_once
     if config.cluster is None or config.cluster.clock is None:
+        tell_places(workload.model, log.reach)
         return observe(workload, [batch], log, hops, alike=config.micro_batches)
     clock = Clock.of(config.cluster.clock, config.cluster.name)
     replay = Replay(config, dist.get_rank() if dist.is_initialized() else 0, clock, strategy.options)
+
+    def reach(place: str) -> None:
+        log.reach(place)
+        replay.streams.enter(place)
+
+    tell_places(workload.model, reach)
     observed = observe(workload, [batch], log, hops, alike=config.micro_batches, others=[replay])
-    return replace(observed, predicted=replay.predicted())
+    return replace(observed, predicted=replay.predicted(), spans=replay.drawn())
 
 
-def tell_places(model: nn.Module, log: MemoryLog) -> None:
-    """Have the log know which module's forward or backward goes on."""
+def tell_places(model: nn.Module, reach: Callable[[str], object]) -> None:
+    """Say which module's forward or backward goes on."""
     for name, module in model.named_modules():
         if name in ("embed", "head") or (name.startswith("blocks.") and name.count(".") == 1):
 
             def enter(module: nn.Module, args: tuple, name: str = name) -> None:
-                log.reach(f"forward {name}")
+                reach(f"forward {name}")
 
             def leave(module: nn.Module, args: tuple, out: Tensor, name: str = name) -> None:
-                out.register_hook(lambda grad: log.reach(f"backward {name}"))
+                out.register_hook(lambda grad: reach(f"backward {name}"))
 
             module.register_forward_pre_hook(enter, prepend=True)
             module.register_forward_hook(leave)
@@ -149,8 +155,9 @@ def extrapolated(short: Observed, longer: Observed, n_layers: int) -> Observed:
         else:  # weights of one block: the same for every block in between
             for i in stands_for(int(block[1]), n_layers):
                 comm.append(replace(entry, source=BLOCK.sub(f"blocks.{i}", entry.source)))
-    sizes = {name: int(further(getattr(short, name), getattr(longer, name))) for name in SIZES}
-    return Observed(comm=comm, peaks=peaks, predicted=in_time(short.predicted, longer.predicted), **sizes)
+    sizes: dict[str, Any] = {name: int(further(getattr(short, name), getattr(longer, name))) for name in SIZES}
+    predicted = in_time(short.predicted, longer.predicted)
+    return Observed(comm=comm, peaks=peaks, predicted=predicted, spans=longer.spans, **sizes)
 
 
 def edges(peaks: dict[str, Peak], depth: int) -> dict[str, Peak]:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from conf.measurement import Span
+
 
 @dataclass
 class Moment:
@@ -19,18 +21,8 @@ class Moment:
     waited_for: str = "copies"
 
 
-@dataclass(frozen=True)
-class Span:
-    """What was done on a lane, from when to when, in us; on the main stream also what it waited for."""
-
-    lane: str
-    name: str
-    begun: float
-    done: float
-    waited: bool = False
-
-
-MAIN = "main"
+MAIN = "compute"
+PLACES = "model"  # a lane that only says where in the model the main stream is
 
 
 class Streams:
@@ -48,6 +40,7 @@ class Streams:
         self.exposed: defaultdict[str, float] = defaultdict(float)  # and what it waited for
         self.laps: defaultdict[str, float] = defaultdict(float)
         self.lap = "", 0.0
+        self.place: tuple[str, float] | None = None
         self.tape: list[tuple[Callable, tuple]] | None = None
         self.spans: list[Span] = []
 
@@ -56,7 +49,14 @@ class Streams:
         self.note(self.reach, part)
         name, since = self.lap
         self.laps[name] += self.main.us - since
+        self.enter(part)
         self.lap = part, self.main.us
+
+    def enter(self, place: str) -> None:
+        """This part of the model begins."""
+        if self.place:
+            self.draw(PLACES, self.place[0], self.place[1], self.main.us - self.place[1])
+        self.place = place, self.main.us
 
     def take(self, stream: Hashable, part: str, us: float) -> None:
         """An operation, once the host has launched it."""
