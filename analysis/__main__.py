@@ -1,4 +1,4 @@
-"""python -m analysis table | report | sources | compare | columns | calibrate | validate | published  (--help: more)"""
+"""python -m analysis COMMAND ...   (--help lists the commands)"""
 
 import argparse
 import sys
@@ -14,9 +14,7 @@ def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(
         prog="python -m analysis", description="What it costs, by the book and by the meter."
     )
-    commands = main.add_subparsers(
-        dest="command", required=True, metavar="table|report|sources|compare|columns|calibrate|validate|published"
-    )
+    commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     table = commands.add_parser("table", help="the analytic cost table: formulas, or values of one configuration")
     table.add_argument("--format", choices=FORMATS, default="text")
@@ -55,6 +53,8 @@ def parser() -> argparse.ArgumentParser:
     )
     validate.add_argument("--calibration", type=Path, metavar="runs/calibrate", default=Path("runs/calibrate"))
     validate.add_argument("--out", type=Path, metavar="PAGE.md", help="also as a page, with a picture beside it")
+    timeline = commands.add_parser("timeline", help="one block of predicted steps, drawn from their traces")
+    timeline.add_argument("folder", type=Path, metavar="runs/NAME")
     published = commands.add_parser(
         "published", help="published memory figures beside ours, simulated where they are not yet"
     )
@@ -99,6 +99,10 @@ def answer(arguments: argparse.Namespace) -> tuple[object, list[str]]:
         from analysis import validate
 
         return validate.printed(arguments.sources, arguments.calibration, arguments.out), []
+    if arguments.command == "timeline":
+        from analysis import timeline
+
+        return timeline.printed(arguments.folder), []
     if arguments.command == "published":
         from analysis import published
 

@@ -32,6 +32,14 @@ from conf.labels import text
 
 BLUE, SKY, ORANGE, GREEN, ROSE, GREY = "#0072b2", "#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#bbbbbb"
 KINDS = {"all_gather": BLUE, "reduce_scatter": SKY, "all_reduce": ORANGE, "all_to_all": GREEN, "p2p": ROSE}
+# Of a predicted step what is computed, in greys; what is sent keeps its colours.
+WORK = {
+    "products": "#404040",
+    "attention": "#787878",
+    "kernels": "#b4b4b4",
+    "optimizer": "#dadada",
+    "launches": "#f0e0c0",
+}
 PARTS = {"params": BLUE, "grads": SKY, "optimizer": GREEN, "activation": ORANGE, "other": GREY}  # of memory
 # Sections and keys on which losses depend: rows that have them in common train the same.
 LEARNT = ("model", "data", "optim", "seq_len", "batch_size", "precision", "seed", "steps", "warmup")
@@ -47,6 +55,7 @@ plt.rcParams.update(
         "svg.hashsalt": "playground",  # the same picture is the same file
     }
 )
+SEEN = 0.002  # of a bar: what is less is not seen
 MOST_BARS = 24  # a picture with more is not read
 
 
@@ -368,6 +377,31 @@ def exposed(sweep: Sweep) -> Figure:
     return figure
 
 
+def predicted_parts(sweep: Sweep) -> Figure:
+    """Where a predicted step goes: what the device computes, and what it waits for."""
+    rows = sweep.ok[sweep.ok.predicted_step_ms.notna() & sweep.ok.run_id.isin(sweep.records)]
+    if rows.empty:
+        raise Unavailable("Where a predicted step goes: no row has predicted_step_ms.")
+    rows, left_out = bars(longest(rows), "predicted_step_ms")
+    parts = [sweep.records[run_id]["predicted_parts"] for run_id in rows.run_id]
+
+    shades = {**WORK, **KINDS}
+    names = dict.fromkeys((which, name) for which in ("work", "exposed") for each in parts for name in each[which])
+    sizes = {(which, name): np.array([each[which].get(name, 0.0) for each in parts]) for which, name in names}
+    figure, ax = stacked(
+        rows,
+        {
+            "waits: " * (which == "exposed") + name: (ms, shades.get(name, ROSE))
+            for (which, name), ms in sizes.items()
+            if ms.max() > SEEN * rows.predicted_step_ms.max()
+        },
+    )
+    ax.set_xlabel("predicted step time (ms)")
+    ax.set_title(f"Where a predicted step goes at seq_len={int(rows.seq_len.iloc[0]):,}{left_out}", loc="left")
+    legend_below(ax, rows)
+    return figure
+
+
 def pareto(sweep: Sweep) -> Figure:
     """Time against memory; the configurations that nothing beats in both are named."""
     rows = sweep.ok[sweep.ok.step_ms_median.notna() & sweep.ok.peak_bytes.notna()]
@@ -503,6 +537,11 @@ PLOTS: dict[str, tuple[Callable[[Sweep], Figure], str]] = {
     "exposed": (
         exposed,
         "Exposed is what the step takes longer than the same step with collectives that return at once.",
+    ),
+    "predicted_parts": (
+        predicted_parts,
+        "By the cluster's clock, nothing of it measured: in grey what the device computes, in colour what it waits for "
+        "because no computation hides it.",
     ),
     "pareto": (pareto, "Left is smaller, down is faster."),
     "flops_over_size": (flops_over_size, "Each point is the median over ranks that computed at the same time."),
