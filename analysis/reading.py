@@ -93,7 +93,7 @@ def table_of(found: list[dict]) -> pd.DataFrame:
         rows[column] = rows[column].astype(object).fillna("").astype(str)
     for column in NUMBERS:
         rows[column] = pd.to_numeric(rows[column], errors="coerce")
-    return rows
+    return rows.copy()  # in one piece: pandas warns of a table made column by column
 
 
 def read_records(folder: Path, problems: list[str]) -> list[tuple[dict, Config | None]]:
