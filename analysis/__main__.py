@@ -65,6 +65,23 @@ def parser() -> argparse.ArgumentParser:
         default=Path("docs/published_memory.md"),
         help="default: docs/published_memory.md",
     )
+    advise = commands.add_parser(
+        "advise",
+        help="which strategy on which mesh: everything legal, priced and weighed",
+        description="Prices every legal strategy, mesh, zero_stage, recompute, placement and ring.layout on a "
+        "cluster's clock, and says which are fastest of what fits, and why the others are not. Keys are those of "
+        "python -m bench; what is given stays as it is.",
+    )
+    advise.add_argument(
+        "overrides",
+        nargs="+",
+        metavar="key=value",
+        help="model=llama3_8b cluster=h100 world_size=64 seq_len=131072 batch_size=4 ...",
+    )
+    advise.add_argument("--verify", type=int, default=0, metavar="N", help="simulate the best N, and show both")
+    advise.add_argument(
+        "--out", type=Path, metavar="FOLDER", default=Path("runs/advise"), help="page, map, csv; default: runs/advise"
+    )
     return main
 
 
@@ -103,6 +120,10 @@ def answer(arguments: argparse.Namespace) -> tuple[object, list[str]]:
         from analysis import timeline
 
         return timeline.printed(arguments.folder), []
+    if arguments.command == "advise":
+        from analysis import advise
+
+        return advise.printed(arguments.overrides, arguments.out, arguments.verify)
     if arguments.command == "published":
         from analysis import published
 

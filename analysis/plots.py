@@ -578,6 +578,23 @@ def parity(points: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
     return figure
 
 
+def winners(squares: pd.DataFrame) -> Figure:
+    """A map of length and ranks, coloured by the strategy that is fastest of what fits (analysis/advise.py)."""
+    ranks, tokens = (sorted(set(squares[name])) for name in ("ranks", "tokens"))
+    figure, axes = plt.subplots(figsize=(1.9 + 1.5 * len(ranks), 1.2 + 0.62 * len(tokens)), layout="constrained")
+    for square in squares.itertuples():
+        x, y = ranks.index(square.ranks), tokens.index(square.tokens)
+        face = colour(square.strategy) if square.strategy else "#eeeeee"
+        axes.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=face, edgecolor="white", alpha=0.75))
+        said = f"{textwrap.fill(square.label, 18)}\n{square.ms:,.0f} ms" if square.strategy else "nothing fits"
+        axes.text(x, y, said, ha="center", va="center", fontsize=7)
+    axes.set(xlim=(-0.5, len(ranks) - 0.5), ylim=(-0.5, len(tokens) - 0.5), xlabel="ranks", ylabel="tokens")
+    axes.set_xticks(range(len(ranks)), [f"{n:,}" for n in ranks])
+    axes.set_yticks(range(len(tokens)), [f"{n:,}" for n in tokens])
+    axes.set_title("Who is fastest, of what fits", loc="left")
+    return figure
+
+
 def save(figure: Figure, folder: Path, name: str) -> bytes:
     """As PNG and SVG -> the latter."""
     folder.mkdir(parents=True, exist_ok=True)

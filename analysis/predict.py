@@ -9,10 +9,11 @@ What an account calls `beside` something costs the time by which it is longer; f
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from analysis.accounts.account import Account
 from analysis.accounts.letters import WIDE, Amount, Letters, alone
 from analysis.accounts.sent import Sent
 from analysis.accounts.weights import Group, Weight
-from analysis.prices import NOTHING, Machine, Mesh, Work, mesh_of
+from analysis.prices import NOTHING, Machine, Mesh, Places, Work, mesh_of
 from conf import tiers
 from conf.clock import Clock, computed
 from conf.keys import Config
@@ -88,6 +89,18 @@ def machine_of(config: Config) -> Machine:
     return Machine(clock, config.cluster.name, tiers.ranks_per_host(config), config.device)
 
 
+def once(method: Callable) -> Callable:
+    """Of each step, worked out once for every `way`."""
+
+    def remembered(step: "Step", way: str) -> Any:
+        known = step.__dict__.setdefault(f"known {method.__name__}", {})
+        if way not in known:
+            known[way] = method(step, way)
+        return known[way]
+
+    return remembered
+
+
 @dataclass(frozen=True)
 class Step:
     """A training step of the rank that has most to do."""
@@ -97,6 +110,7 @@ class Step:
     mesh: Mesh
     on: Machine
     offload: bool = False
+    links: Amount = 1.0  # how many times as fast they are as the clock says
 
     def times(self) -> Times:
         """Every micro-batch, and the update. A GPU's host runs ahead, unless it has more to launch than that takes."""
@@ -211,7 +225,11 @@ class Step:
             found.wait("p2p", hop, block, chunks * np.maximum(times, 0))
 
     def us(self, line: Sent) -> Amount:
-        return self.on.collective(line, self.mesh)
+        return self.on.collective(line, self.places[line.axis]) / self.links
+
+    @cached_property
+    def places(self) -> dict[str, Places]:
+        return {axis: Places(*line) for axis, line in self.mesh.items()}
 
     def gathers(self, groups: list[Group]) -> Amount:
         """The weights of groups that travel one after the other."""
@@ -276,6 +294,7 @@ class Step:
         halves = {0: self.matrices[:3], 1: self.matrices[4:6], None: [self.head]}
         return self.products(of, halves[half])
 
+    @once
     def linears(self, way: str) -> Work:
         """A block's matrices. What is run again stops where backward has what it needs: before the last product."""
         attention, mlp, chunked = self.matrices[:4], self.matrices[4:], self.s.mlp_chunks > 1
@@ -292,11 +311,13 @@ class Step:
         sizes = ((matrix.weight.rows * matrix.weight.columns, matrix.pieces - 1) for matrix in matrices)
         return sum((self.on.kernel("other", size, self.s.e, times) for size, times in sizes), NOTHING)
 
+    @once
     def attention(self, way: str) -> Work:
         """All blocks of it, and the copies that heads make for an exchange."""
         own, visiting = self.blocks_of_attention(way)
         return own + visiting * (self.s.r - 1) + self.heads_for_tokens(way)
 
+    @once
     def blocks_of_attention(self, way: str) -> tuple[Work, Work]:
         """Over a rank's own keys, and over those of one other rank of the ring, that all its queries come after.
 
@@ -305,11 +326,11 @@ class Step:
         s, on, chunks, ring = self.s, self.on, self.s.head_chunks, self.s.r > 1
         n, q, kv = s.L // s.r, s.q / s.e / s.head_chunks, 2 * s.kv / s.e / s.head_chunks
         triangle = computed(n, on.clock.tile)
-        pairs = {"contiguous": n * n, "zigzag": n * (n // 2), "striped": triangle}[s.layout]
+        pairs = np.select([s.layout == "contiguous", s.layout == "zigzag"], [n * n, n * (n // 2)], triangle)
         heads = s.B * s.h / (s.tp * s.u) / chunks
         own = on.attention(way, heads * triangle, s.K, chunks)
         visiting = on.attention(way, heads * pairs, s.K, chunks)
-        seen = kv / 2 if s.layout == "zigzag" else kv  # of the keys of another rank
+        seen = kv * np.where(s.layout == "zigzag", 0.5, 1)  # of the keys of another rank
         cast = on.moves(q * (s.e + WIDE), 2 * chunks * ring * (s.e != WIDE), "copy")  # to fp32 and back
         if way == "forward":
             own += cast + on.moves(2 * s.e * kv, chunks * ring, "copy")
@@ -342,6 +363,7 @@ class Step:
         """Of so many bytes, read and written."""
         return self.on.moves(2 * size, calls, "copy")
 
+    @once
     def between(self, way: str) -> Work:
         """Between a block's matrices: norms, rotary embedding, SwiGLU, residuals, and sums of gradients."""
         s, gate = self.s, self.matrices[4]
@@ -408,6 +430,7 @@ class Step:
         split = not (alone(self.s.tp) or self.account.whole_norms)
         return self.copy(self.s.d * WIDE, split * (2 * self.s.layers + 4))
 
+    @once
     def embedding(self, way: str) -> Work:
         """Rows of the table; with tp, zeros where another rank has it."""
         s, table = self.s, self.ends[0].weights[0]
@@ -419,6 +442,7 @@ class Step:
             return found + self.on.moves(s.e * (s.tokens + table.rows) * s.d)
         return found + rows
 
+    @once
     def loss(self, way: str) -> Work:
         """The last norm, the logits and their loss, in fp32 over the vocabulary; in pieces, each run again."""
         s, on, x, again = self.s, self.on, self.account.between(self.s) * self.s.d, self.s.loss_chunks > 1

@@ -4,14 +4,14 @@ Everything takes numbers, or arrays of numpy with one element a configuration, a
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import prod
 
 import numpy as np
 
 from analysis.accounts.letters import Amount
 from analysis.accounts.sent import Sent
-from conf.clock import Clock, Group
+from conf.clock import Clock, Group, Rate
 from conf.keys import PLACEMENTS
 from conf.series import moved
 from conf.tiers import BY_PAIRS
@@ -33,10 +33,15 @@ class Work:
         return self.products + self.attention + self.kernels
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(Work)))
+        return Work(
+            self.products + other.products,
+            self.attention + other.attention,
+            self.kernels + other.kernels,
+            self.calls + other.calls,
+        )
 
     def __mul__(self, n: Amount) -> "Work":
-        return Work(*(getattr(self, each.name) * n for each in fields(Work)))
+        return Work(self.products * n, self.attention * n, self.kernels * n, self.calls * n)
 
 
 NOTHING = Work()
@@ -95,17 +100,40 @@ class Machine:
         leaves = 1.0 if kind == "p2p" else (ranks - here) / (ranks - 1) if by_pairs else 1 / here
         return Group(ranks, -(-ranks // here), leaves, 1 - leaves if by_pairs else 1.0)
 
-    def collective(self, line: Sent, mesh: Mesh) -> Amount:
+    def links(self, kind: str, ranks: int, stride: int) -> list[tuple[Rate, float]]:
+        if ranks == 1:
+            return [(Rate(1.0), 0.0)]
+        return self.clock.links(kind, self.group(kind, ranks, stride), self.cluster)
+
+    def collective(self, line: Sent, places: "Places") -> Amount:
         """One call of a line; no time where there is nobody to send to. Raises Invalid for links of unknown speed."""
         sent = line.bytes / np.maximum(line.calls, 1)
-        ranks, stride, size = np.broadcast_arrays(*mesh[line.axis], sent)
-        us = np.zeros(size.shape)
-        for each in np.unique(np.stack([ranks, stride]).reshape(2, -1), axis=1).T:
-            here = (ranks == each[0]) & (stride == each[1]) & (size > 0)
-            if here.any():
-                group = self.group(line.kind, *map(int, each))
-                us[here] = self.clock.collective_us(line.kind, group, size[here], self.cluster, np.maximum)
-        return us
+        if not np.any(sent):
+            return 0.0
+        took = [rate.us(part * sent, np.maximum) for rate, part in places.links(line.kind, self)]
+        return np.where(sent > 0, np.maximum(*took), 0.0)
+
+
+class Places:
+    """An axis of many configurations: which kinds of groups there are, ranks and stride, and which one each has."""
+
+    def __init__(self, ranks: Amount, stride: Amount) -> None:
+        lines = list(zip(*(np.ravel(each).tolist() for each in np.broadcast_arrays(ranks, stride)), strict=True))
+        self.kinds = {line: number for number, line in enumerate(dict.fromkeys(lines))}
+        self.which = np.array([self.kinds[line] for line in lines]) if np.ndim(ranks) else 0
+        self.known: dict[str, list[tuple[Rate, Amount]]] = {}
+
+    def links(self, kind: str, on: Machine) -> list[tuple[Rate, Amount]]:
+        """As of the clock, two for each, which may be the same."""
+        if kind not in self.known:
+            passed = [on.links(kind, *line) for line in self.kinds]
+            self.known[kind] = [self.of_each([links[at] for links in passed]) for at in (0, -1)]
+        return self.known[kind]
+
+    def of_each(self, links: list[tuple[Rate, float]]) -> tuple[Rate, Amount]:
+        figures = np.array([(rate.rate, rate.half, rate.power, rate.floor_us, part) for rate, part in links])
+        *rate, part = figures[self.which].T
+        return Rate(*rate), part
 
 
 def mesh_of(degrees: Mapping[str, Amount], placement: str, kv_shared: Amount = 1) -> Mesh:

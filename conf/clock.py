@@ -15,6 +15,7 @@ from conf.keys import beyond, not_of
 from conf.words import Invalid, one_of
 
 COLLECTIVES = "all_gather", "reduce_scatter", "all_reduce", "all_to_all", "p2p"
+LAUNCH_BOUND = 1024  # tokens of a rank below which launches and messages' starts decide, and no published time is known
 KERNELS = "other", "norm", "rotary", "swiglu", "merge", "optimizer", "copy"
 
 
@@ -109,13 +110,18 @@ class Clock:
 
     def collective_us(self, kind: str, group: "Group", sent: Any, cluster: str, larger: Callable = max) -> Any:
         """Until the last rank of the group is done. sent: bytes that a rank sends. Raises Invalid."""
-        tiers = []
+        links = self.links(kind, group, cluster)
+        return reduce(larger, (rate.us(part * sent, larger) for rate, part in links))
+
+    def links(self, kind: str, group: "Group", cluster: str) -> list[tuple[Rate, float]]:
+        """Those that it passes at once: how fast, and with which part of what a rank sends. Raises Invalid."""
+        found = []
         if group.nodes < group.ranks:
             here = round(group.ranks / group.nodes)
-            tiers.append(self.curve("intra", kind, here, cluster).us(group.stays * sent, larger))
+            found.append((self.curve("intra", kind, here, cluster), group.stays))
         if group.nodes > 1:
-            tiers.append(self.curve("inter", kind, group.nodes, cluster).us(group.leaves * sent, larger))
-        return reduce(larger, tiers)
+            found.append((self.curve("inter", kind, group.nodes, cluster), group.leaves))
+        return found
 
     def host_us(self, size: Any, cluster: str, larger: Callable = max) -> Any:
         """A copy to the host's memory, or from it. Raises Invalid."""

@@ -37,6 +37,13 @@ def part(n: Amount, ways: Amount, at: Mapping[str, int] | None, axis: str) -> Am
     return whole(n / ways) if at is None else n * (at[axis] + 1) // ways - n * at[axis] // ways
 
 
+def unless_alone(ranks: Amount, amount: Amount) -> Amount:
+    """Nothing in a group of one rank."""
+    if isinstance(ranks, np.ndarray):
+        return np.where(ranks == 1, 0, amount)
+    return 0 if ranks == 1 else amount
+
+
 @dataclass
 class Letters:
     """One configuration in the letters of the formulas, on one rank: where it is `at`, or one that has most of all."""

@@ -1,7 +1,7 @@
 """ulysses: heads for tokens and back: q, k, v, out, and their gradients (Jacobs et al. 2023, section 3)."""
 
 from analysis.accounts.account import Account, kept_by_kernel
-from analysis.accounts.letters import Amount, Letters, alone
+from analysis.accounts.letters import Amount, Letters, unless_alone
 from analysis.accounts.published import ODYSSEUS, USP, Published
 from analysis.accounts.sent import Sent, all_to_all
 
@@ -15,7 +15,7 @@ def exchanges(s: Letters) -> list[Sent]:
 
 def kept(s: Letters) -> Amount:
     """The output twice: as attention made it, for its backward, and as it came home, for the projection's."""
-    return kept_by_kernel(s) + (0 if alone(s.u) else s.q)
+    return kept_by_kernel(s) + unless_alone(s.u, s.q)
 
 
 ACCOUNT = Account(

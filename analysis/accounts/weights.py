@@ -92,12 +92,13 @@ def buffers(groups: list[Group], s: Letters) -> list[tuple[Amount, Amount]]:
 
     It is padded to equal parts.
     """
-    alike: dict[tuple, Amount] = {}
+    alike: dict[tuple[str, str], Amount] = {}
+    ranks = {group.axis: group.ranks for group in groups}
     for group in groups:
         for w in group.weights:
-            key = group.axis, group.ranks, w.cut if not alone(s.tp) and group.axis == "zero" else "not"
+            key = group.axis, w.cut if not alone(s.tp) and group.axis == "zero" else "not"
             alike[key] = alike.get(key, 0) + group.times * w.rows * w.columns
-    return [(p, whole(elements / p) * p) for (_, p, _), elements in alike.items()]
+    return [(p, whole(elements / p) * p) for (axis, _), elements in alike.items() for p in [ranks[axis]]]
 
 
 def summed_over_tp(s: Letters, split_norms: bool) -> list[Sent]:

@@ -12,6 +12,7 @@ from bench.app.job import Job
 from bench.app.records import Row
 from bench.ranks.task import Outcome, Task
 from bench.simulation.fit import longest
+from conf.clock import LAUNCH_BOUND
 from conf.columns import described, measured
 from conf.keys import OF_A_MACHINE, Config, run_id
 from conf.measurement import Entry, Measured, Round
@@ -115,9 +116,6 @@ def put_derived(resolved: Resolved, found: Measured) -> None:
         found.derived_flops = max(step_flops(resolved.config, rank.rank) or 0 for rank in found.ranks) or None
     except UserError as error:
         resolved.notes.append(str(error))
-
-
-LAUNCH_BOUND = 1024  # tokens of a rank below which launches and messages' starts decide, and no published time is known
 
 
 def timeless(found: Measured) -> list[str]:

@@ -1,0 +1,160 @@
+"""Everything that could be run, priced: strategy x mesh x ZeRO x recompute x placement x ring layout, in any scenario.
+
+Legal is what conf/meshes.py calls so. What branches the formulas makes a group of its own, and all of a group goes
+through them as arrays, one element a configuration.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.accounts import account_of
+from analysis.accounts.account import Account
+from analysis.accounts.letters import Letters, whole
+from analysis.accounts.sent import total
+from analysis.peak import Held
+from analysis.predict import Step
+from analysis.prices import Machine, mesh_of
+from conf import meshes
+from conf.keys import Config, MeshConfig, StrategyConfig, keys
+from conf.words import divisors
+
+AXES = {"dp": "dp", "tp": "tp", "ulysses": "u", "ring": "r"}  # of a mesh, and their letters
+GROUPS = (*AXES, "zero", "world", "tp_replicas")
+NEEDED = {"usp": ("ulysses", "ring"), "tp_usp": ("tp",), "odysseus": ("tp",)}  # or it is a strategy of fewer axes
+ALONE = ("tp", "sharing", "kv_shared")  # letters of which 1 branches the formulas
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """The job as it was asked for, or other than that: ranks, tokens, and how many times as fast the links are.
+
+    usual: with the placement and the ring's layout of the configuration alone.
+    """
+
+    name: str
+    world_size: int
+    seq_len: int
+    links: float = 1.0
+    usual: bool = False
+
+
+@dataclass(frozen=True)
+class Space:
+    """A resolved configuration, whatever its strategy; and the keys that were given, which stay as they are."""
+
+    config: Config
+    given: frozenset[str]
+    machine: Machine
+
+    def values(self, path: str) -> list[Any]:
+        """Of a key: what was given, or all that there are."""
+        key = keys()[path]
+        return [key.of(self.config)] if path in self.given else list(key.choices)
+
+    @property
+    def strategies(self) -> list[str]:
+        chosen = [self.config.strategy.name] if "strategy" in self.given else list(meshes.STRATEGIES)
+        return [name for name in chosen if account_of(name) is not None]
+
+    def priced(self, scenarios: Sequence[Scenario]) -> pd.DataFrame:
+        """A row a configuration: scenario, strategy, mesh, keys; step_ms and its parts, bytes at the peak and sent."""
+        tables = [self.of_strategy(name, scenarios) for name in self.strategies]
+        return pd.concat([table for table in tables if not table.empty] or [pd.DataFrame()], ignore_index=True)
+
+    def of_strategy(self, name: str, scenarios: Sequence[Scenario]) -> pd.DataFrame:
+        account = account_of(name)
+        places = pd.DataFrame([place for scenario in scenarios for place in self.places(name, scenario)])
+        if account is None or places.empty:
+            return pd.DataFrame()
+        kv_heads = self.config.model.n_kv_heads
+        places["sharing"] = places.dp * places.u * places.r
+        places["rho"] = np.maximum(1, places.u // np.maximum(1, kv_heads // places.tp))
+        places["kv_shared"] = np.maximum(1, places.tp // kv_heads)
+        found = []
+        for _, group in places.groupby([places[letter] == 1 for letter in ALONE], sort=False):
+            shares = bool((group.sharing > 1).any()) or name == "odysseus"  # or ZeRO has nothing to do
+            for stage in self.values("zero_stage")[0 if shares else -1 :]:
+                found += [self.of_group(account, group, stage, again) for again in self.values("recompute")]
+        together = {column: np.concatenate([table[column] for table in found]) for column in found[0]}
+        return pd.DataFrame(together).assign(strategy=name)
+
+    def of_group(self, account: Account, group: pd.DataFrame, stage: int, recompute: str) -> dict[str, np.ndarray]:
+        columns = {name: group[name].to_numpy() for name in group}
+        sizes: dict[str, Any] = {name: columns[name] for name in (*AXES.values(), "rho", "kv_shared", "L")}
+        sizes |= {"layout": columns["layout"].astype(str), "stage": stage}
+        sizes |= {"recompute": recompute == "block", "selective": recompute == "selective"}
+        batch = np.maximum(1, whole(self.config.micro_batch_size / columns["dp"]))
+        s = replace(Letters.of(self.config), B=batch, **sizes)
+        mesh = {axis: (columns[f"{axis} ranks"], columns[f"{axis} stride"]) for axis in GROUPS}
+        offload = self.config.offload != "none" and recompute == "block"
+        times = Step(account, s, mesh, self.machine, offload, columns["links"]).times()
+        priced = {
+            "step_ms": times.step,
+            **times.parts,
+            **times.exposed,
+            "peak_bytes": Held(account, s, offload).peak,
+            "sent_bytes": total(account.of_step(s)),
+            "zero_stage": stage,
+            "recompute": recompute,
+        }
+        same = {name: columns[name] for name in ("scenario", "layout", "placement", *AXES.values(), "rho")}
+        return {**same, **{name: np.broadcast_to(value, len(group)) for name, value in priced.items()}}
+
+    # Meshes.
+
+    def places(self, name: str, scenario: Scenario) -> Iterator[dict[str, Any]]:
+        """Every legal mesh, layout and placement, but for those that are another strategy's, or the same again."""
+        asked = {"scenario": scenario.name, "L": scenario.seq_len, "links": scenario.links}
+        for degrees in self.meshes_of(name, scenario.world_size):
+            letters = {AXES[axis]: degree for axis, degree in degrees.items()}
+            places = list(self.placed(degrees, [self.config.placement] if scenario.usual else self.values("placement")))
+            several = degrees["ring"] > 1 and not scenario.usual
+            for layout in self.values("ring.layout") if several else [self.config.ring.layout]:
+                if self.stands(name, degrees, layout, scenario):
+                    yield from ({**asked, **letters, "layout": layout, **place} for place in places)
+
+    def placed(self, degrees: Mapping[str, int], placements: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Placements that differ, with the ranks and the stride of every axis."""
+        seen = []
+        for placement in placements:
+            lines = mesh_of(degrees, placement, max(1, degrees["tp"] // self.config.model.n_kv_heads))
+            if (strides := [stride for ranks, stride in lines.values() if ranks > 1]) not in seen:
+                seen.append(strides)
+                ranks = {f"{axis} ranks": line[0] for axis, line in lines.items()}
+                yield {"placement": placement, **ranks, **{f"{axis} stride": line[1] for axis, line in lines.items()}}
+
+    def meshes_of(self, name: str, world_size: int) -> Iterator[dict[str, int]]:
+        """Degrees of every axis. Of dp no more than there are sequences, but for zero, which has nothing else."""
+        axes = meshes.footing_of(name).axes
+        for split in factors(world_size, len(axes) + 1):
+            degrees = {**dict.fromkeys(AXES, 1), **dict(zip(("dp", *axes), split, strict=True))}
+            fixed = all(getattr(self.config.mesh, axis) in (None, degree) for axis, degree in degrees.items())
+            idle = degrees["dp"] > self.config.micro_batch_size and bool(axes)
+            wide = [axis for axis in axes if degrees[axis] > 1]
+            itself = all(axis in wide for axis in NEEDED.get(name, axes)) and (name != "tp_usp" or len(wide) > 1)
+            if fixed and itself and not idle:
+                yield degrees
+
+    def stands(self, name: str, degrees: Mapping[str, int], layout: str, scenario: Scenario) -> bool:
+        config = replace(
+            self.config,
+            strategy=StrategyConfig(name),
+            mesh=MeshConfig(**degrees),
+            ring=replace(self.config.ring, layout=layout),
+            world_size=scenario.world_size,
+            seq_len=scenario.seq_len,
+        )
+        return all(rule.value in rule.allowed for rule in meshes.rules(config))
+
+
+def factors(n: int, parts: int) -> Iterator[tuple[int, ...]]:
+    """n as a product of so many numbers, in every order."""
+    if parts == 1:
+        yield (n,)
+        return
+    for first in divisors(n):
+        yield from ((first, *rest) for rest in factors(n // first, parts - 1))
