@@ -24,7 +24,8 @@ class Rate:
     """How long work takes: max(floor_us, work / rate * (1 + (half / work) ** power)).
 
     work is bytes or FLOPs. Of `half` of them the rate is half of what it is at most: with power 1 that is a start-up
-    time and a constant rate (Hockney 1994), with less a rate that grows more slowly with size, as NCCL's does.
+    time and a constant rate (Hockney 1994), with less a rate that grows more slowly with size, as NCCL's does. With
+    more the curve would rise again towards no work at all: there, less work takes as long.
     """
 
     rate: float  # at most, GB/s or GFLOP/s
@@ -33,6 +34,7 @@ class Rate:
     floor_us: float = 0.0
 
     def us(self, work: Any, larger: Callable = max) -> Any:
+        work = larger(work, self.half * larger(self.power - 1, 0.0) ** (1 / self.power))
         return larger(self.floor_us, (work + self.half**self.power * work ** (1 - self.power)) / (self.rate * 1000))
 
 

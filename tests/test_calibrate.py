@@ -129,6 +129,14 @@ def test_what_cannot_be_is_no_measurement():
     assert "more than the device can do" in fault
 
 
+def test_less_work_never_takes_longer():
+    work = np.geomspace(1, 1e9, 200)
+    for power in (0.5, 1.0, 1.5):
+        us = Rate(10, half=1e5, power=power).us(work, np.maximum)
+        assert (np.diff(us) >= -1e-9).all(), power
+        assert us[0] == pytest.approx(Rate(10, half=1e5, power=power).us(1.0))
+
+
 WRONG = {
     "workload=kernels mode=simulate": "workload=kernels measures this machine, and mode=simulate; mode=real would do",
     "workload=collectives strategy=single world_size=1": "world_size=1: workload=collectives needs ranks that talk",
