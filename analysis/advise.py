@@ -367,7 +367,8 @@ def write(found: Advice, out: Path) -> Path:
         check_writable(out.parent)
         out.mkdir(parents=True, exist_ok=True)
         exported(found).to_csv(out / "advise.csv", index=False)
-        picture = plots.save(plots.winners(squares(found)), out, "map").decode()
+        picture = plots.svg_of(plots.winners(squares(found))).decode()
+        (out / "map.svg").write_text(picture, encoding="utf-8")
         page = TEMPLATES.get_template("advise.html").render(
             heading=heading(found),
             best=table(found, found.best).to_dict("records"),

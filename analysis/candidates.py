@@ -76,13 +76,16 @@ class Space:
         places["kv_shared"] = np.maximum(1, places.tp // kv_heads)
         found = []
         for _, group in places.groupby([places[letter] == 1 for letter in ALONE], sort=False):
+            known: dict[tuple[str, str], Any] = {}
             shares = bool((group.sharing > 1).any()) or name == "odysseus"  # or ZeRO has nothing to do
             for stage in self.values("zero_stage")[0 if shares else -1 :]:
-                found += [self.of_group(account, group, stage, again) for again in self.values("recompute")]
+                found += [self.of_group(account, group, stage, again, known) for again in self.values("recompute")]
         together = {column: np.concatenate([table[column] for table in found]) for column in found[0]}
         return pd.DataFrame(together).assign(strategy=name)
 
-    def of_group(self, account: Account, group: pd.DataFrame, stage: int, recompute: str) -> dict[str, np.ndarray]:
+    def of_group(
+        self, account: Account, group: pd.DataFrame, stage: int, recompute: str, known: dict[tuple[str, str], Any]
+    ) -> dict[str, np.ndarray]:
         columns = {name: group[name].to_numpy() for name in group}
         sizes: dict[str, Any] = {name: columns[name] for name in (*AXES.values(), "rho", "kv_shared", "L")}
         sizes |= {"layout": columns["layout"].astype(str), "stage": stage}
@@ -91,7 +94,7 @@ class Space:
         s = replace(Letters.of(self.config), B=batch, **sizes)
         mesh = {axis: (columns[f"{axis} ranks"], columns[f"{axis} stride"]) for axis in GROUPS}
         offload = self.config.offload != "none" and recompute == "block"
-        times = Step(account, s, mesh, self.machine, offload, columns["links"]).times()
+        times = Step(account, s, mesh, self.machine, offload, columns["links"], known).times()
         priced = {
             "step_ms": times.step,
             **times.parts,

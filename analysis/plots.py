@@ -599,8 +599,13 @@ def save(figure: Figure, folder: Path, name: str) -> bytes:
     """As PNG and SVG -> the latter."""
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{name}.png", dpi=120, metadata={"Software": None})
+    svg = svg_of(figure)
+    (folder / f"{name}.svg").write_bytes(svg)
+    return svg
+
+
+def svg_of(figure: Figure) -> bytes:
     svg = io.BytesIO()
     figure.savefig(svg, format="svg", metadata={"Date": None})
-    (folder / f"{name}.svg").write_bytes(svg.getvalue())
     plt.close(figure)
     return svg.getvalue()

@@ -90,13 +90,13 @@ def machine_of(config: Config) -> Machine:
 
 
 def once(method: Callable) -> Callable:
-    """Of each step, worked out once for every `way`."""
+    """For each `way` worked out once; of steps that differ in ZeRO and recomputation alone, in what they share."""
 
     def remembered(step: "Step", way: str) -> Any:
-        known = step.__dict__.setdefault(f"known {method.__name__}", {})
-        if way not in known:
-            known[way] = method(step, way)
-        return known[way]
+        key = method.__name__, way
+        if key not in step.known:
+            step.known[key] = method(step, way)
+        return step.known[key]
 
     return remembered
 
@@ -111,6 +111,7 @@ class Step:
     on: Machine
     offload: bool = False
     links: Amount = 1.0  # how many times as fast they are as the clock says
+    known: dict[tuple[str, str], Any] = field(default_factory=dict)
 
     def times(self) -> Times:
         """Every micro-batch, and the update. A GPU's host runs ahead, unless it has more to launch than that takes."""
@@ -363,7 +364,6 @@ class Step:
         """Of so many bytes, read and written."""
         return self.on.moves(2 * size, calls, "copy")
 
-    @once
     def between(self, way: str) -> Work:
         """Between a block's matrices: norms, rotary embedding, SwiGLU, residuals, and sums of gradients."""
         s, gate = self.s, self.matrices[4]
@@ -430,7 +430,6 @@ class Step:
         split = not (alone(self.s.tp) or self.account.whole_norms)
         return self.copy(self.s.d * WIDE, split * (2 * self.s.layers + 4))
 
-    @once
     def embedding(self, way: str) -> Work:
         """Rows of the table; with tp, zeros where another rank has it."""
         s, table = self.s, self.ends[0].weights[0]
@@ -442,7 +441,6 @@ class Step:
             return found + self.on.moves(s.e * (s.tokens + table.rows) * s.d)
         return found + rows
 
-    @once
     def loss(self, way: str) -> Work:
         """The last norm, the logits and their loss, in fp32 over the vocabulary; in pieces, each run again."""
         s, on, x, again = self.s, self.on, self.account.between(self.s) * self.s.d, self.s.loss_chunks > 1

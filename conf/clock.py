@@ -34,6 +34,8 @@ class Rate:
     floor_us: float = 0.0
 
     def us(self, work: Any, larger: Callable = max) -> Any:
+        if type(self.half) is float and self.half == 0:  # most rates: without powers of large arrays
+            return larger(self.floor_us, work / (self.rate * 1000))
         work = larger(work, self.half * larger(self.power - 1, 0.0) ** (1 / self.power))
         return larger(self.floor_us, (work + self.half**self.power * work ** (1 - self.power)) / (self.rate * 1000))
 
