@@ -211,15 +211,19 @@ def exposed(row: pd.Series) -> float:
 
 def table(found: Advice, rows: pd.DataFrame) -> pd.DataFrame:
     tokens = found.config.batch_size * found.config.seq_len
+    width = max((len(label(row)) for _, row in rows.iterrows()), default=0)
     return pd.DataFrame(
         {
-            "strategy": label(row),
-            "keys": " ".join(keys_of(row)),
+            "strategy": label(row).ljust(width),
+            "zero": row.zero_stage,
+            "recompute": row.recompute,
+            "placement": row.placement,
+            "layout": row.layout if row.r > 1 else "",
             "step ms": f"{row.step_ms:,.1f}",
             "tokens/s": f"{tokens / row.step_ms * 1000:,.0f}",
             "waiting": f"{exposed(row) / row.step_ms:.0%}",
             "GiB": f"{row.peak_bytes / GIB:.1f}",
-            "GB sent": f"{row.sent_bytes / GB:.2f}",
+            "GB sent": f"{row.sent_bytes / GB:.1f}",
         }
         for _, row in rows.iterrows()
     )
@@ -259,7 +263,7 @@ def reason(found: Advice, name: str) -> str:
     sent = (row.sent_bytes - first.sent_bytes) / GB
     slower = row.step_ms / first.step_ms - 1
     said = f"{mesh_of(row)} is {slower:.0%} slower: {more[part]:+,.0f} ms of {what}, {sent:+.1f} GB sent"
-    return said + idle(found, row)
+    return said + idle(found, row) + ("; a tie" if slower <= ERROR else "")
 
 
 def idle(found: Advice, row: pd.Series) -> str:
