@@ -163,7 +163,7 @@ class Step:
         found.wait("all_gather", sum(ends_gather[1:]))
         found.wait("all_gather", gather, self.ahead(self.loss("backward").us))
         for more, less, times in (
-            (gather, reduce, self.s.layers - 2),
+            (gather, reduce, max(0, self.s.layers - 2)),
             (gather, sum(ends_reduce[1:]), 1),
             (ends_gather[0], reduce, 1),
         ):
