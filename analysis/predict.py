@@ -71,7 +71,10 @@ class Times:
 
 def of_config(config: Config) -> Times:
     """Of a resolved configuration. Raises Invalid where the cluster lacks a figure, UserError without an account."""
-    return step_of(config).times()
+    step = step_of(config)
+    if config.workload == "attention":
+        return step.times_of_attention(config.direction == "forward_backward")
+    return step.times()
 
 
 def step_of(config: Config) -> "Step":
@@ -114,12 +117,24 @@ class Step:
     known: dict[tuple[str, str], Any] = field(default_factory=dict)
 
     def times(self) -> Times:
-        """Every micro-batch, and the update. A GPU's host runs ahead, unless it has more to launch than that takes."""
+        """Every micro-batch, and the update."""
         forward, backward, update = Phase(), Phase(), self.update()
         forward.add(self.forward(), self.s.micro)
         backward.add(self.backward(), self.s.micro)
         for line in self.once_a_step():
             (update if line.phase == "optimizer" else backward).wait(line.kind, self.us(line))
+        return self.told(forward, backward, update)
+
+    def times_of_attention(self, backward: bool) -> Times:
+        """workload=attention: what is between the projections of one block."""
+        phases = [Phase(self.attention(way)) for way in ("forward", "backward")[: 1 + backward]]
+        for phase, way in zip(phases, ("forward", "backward"), strict=False):
+            for part in self.account.attention:
+                phase.add(self.exchanged(way, part(replace(self.s, recompute=False))))
+        return self.told(*phases, *[Phase()] * (3 - len(phases)))
+
+    def told(self, forward: Phase, backward: Phase, update: Phase) -> Times:
+        """One after the other. A GPU's host runs ahead, unless it has more to launch than that takes."""
         launched, ended, ends = 0.0, 0.0, [0.0]
         for phase in (forward, backward, update):
             launched = launched + self.on.launches(phase.work)
