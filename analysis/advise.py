@@ -112,7 +112,7 @@ def printed(overrides: Sequence[str], out: Path, verify: int) -> tuple[str, list
     text += ["Not among them:", *(f"  {line}" for line in found.others), ""]
     text += ["If it were otherwise:", *(f"  {line}" for line in found.otherwise), ""]
     problems = ["nothing fits"] if found.best.empty else []
-    if verify and not found.best.empty:
+    if verify > 0 and not found.best.empty:
         checked, wrong = verified(found, overrides, found.best.head(verify))
         text += ["Simulated:", checked.to_string(index=False), ""]
         problems += wrong
@@ -124,8 +124,7 @@ def advice(overrides: Sequence[str]) -> Advice:
     """Raises UserError for what cannot be asked, and for a cluster whose speed is unknown."""
     try:
         space = asked(overrides)
-        scenarios = list(imagined(space.config))
-        rows = space.priced(scenarios)
+        scenarios, rows = priced(space)
         if rows.empty:
             resolve(space.config)  # says why not
             raise UserError(
@@ -136,6 +135,16 @@ def advice(overrides: Sequence[str]) -> Advice:
     found = Advice(space, rows, scenarios)
     found.rows = rows.assign(fits=rows.peak_bytes <= found.free).sort_values("step_ms", kind="stable")
     return found
+
+
+def priced(space: Space) -> tuple[list[Scenario], pd.DataFrame]:
+    """In all scenarios; where nobody knows the links of more ranks than were asked for, in those with no more."""
+    scenarios = list(imagined(space.config))
+    try:
+        return scenarios, space.priced(scenarios)
+    except Invalid:
+        scenarios = [each for each in scenarios if each.world_size <= space.config.world_size]
+        return scenarios, space.priced(scenarios)
 
 
 def asked(overrides: Sequence[str]) -> Space:
@@ -254,8 +263,8 @@ def reason(found: Advice, name: str) -> str:
         return not_legal(found, name)
     if not rows.fits.any():
         least = rows.loc[rows.peak_bytes.idxmin()]
-        how = " ".join(keys_of(least)[:2])
-        return f"{least.peak_bytes / GIB:,.0f} GiB on a rank, at least ({mesh_of(least)}, {how}){idle(found, least)}"
+        how = " ".join([mesh_of(least), *keys_of(least)[:2]]).strip()
+        return f"{least.peak_bytes / GIB:,.0f} GiB on a rank, at least ({how}){idle(found, least)}"
     row, first = rows[rows.fits].iloc[0], found.best.iloc[0]
     more = {part: float(row[part]) - float(first[part]) for part in PARTS if row[part] == row[part]}
     part = max(more, key=lambda part: more[part])

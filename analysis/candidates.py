@@ -133,6 +133,8 @@ class Space:
     def meshes_of(self, name: str, world_size: int) -> Iterator[dict[str, int]]:
         """Degrees of every axis. Of dp no more than there are sequences, but for zero, which has nothing else."""
         axes = meshes.footing_of(name).axes
+        if name == "zero" and world_size == 1 and "strategy" not in self.given:
+            return  # it is single
         for split in factors(world_size, len(axes) + 1):
             degrees = {**dict.fromkeys(AXES, 1), **dict(zip(("dp", *axes), split, strict=True))}
             fixed = all(getattr(self.config.mesh, axis) in (None, degree) for axis, degree in degrees.items())

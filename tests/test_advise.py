@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import yaml
 
 from analysis import UserError, advise
 from analysis.accounts import account_of
@@ -12,6 +13,8 @@ from analysis.peak import Held
 from analysis.predict import of_config
 from bench.simulation import simulate
 from conf.compose import configuration
+from conf.files import read_yaml
+from conf.groups import HERE
 from conf.keys import Config
 from conf.resolve import resolve
 from tests.ranks import on_ranks, standing_for
@@ -114,7 +117,7 @@ def test_every_other_strategy_has_its_reason(found):
 def test_what_does_not_fit_is_told_in_gib():
     found = advise.advice(["model=llama3_70b", "cluster=h100", "world_size=8", "seq_len=131072"])
     assert found.best.empty
-    assert any(re.match(r"ulysses: [\d,]+ GiB on a rank, at least \(ulysses=8", line) for line in found.others)
+    assert any(re.match(r"ulysses: [\d,]+ GiB on a rank, at least \(ulysses=8 ", line) for line in found.others)
 
 
 def test_copies_of_kv_heads_are_told(found):
@@ -145,6 +148,19 @@ def test_few_tokens_carry_a_note(tmp_path):
     assert "<svg" in page
     assert "launches decide" in page
     assert len((tmp_path / "advise.csv").read_text().splitlines()) > 100
+
+
+def test_more_ranks_than_links_are_known_for_are_left_out(tmp_path):
+    """A clock of one node answers for that node."""
+    file = tmp_path / "node.yaml"
+    values = read_yaml(HERE / "cluster" / "h100.yaml")
+    values["clock"].pop("inter")
+    file.write_text(yaml.safe_dump(values))
+    found = advise.advice(["model=llama3_8b", f"cluster={file}", "world_size=8", "seq_len=16384"])
+    assert not found.best.empty
+    assert not any("twice the ranks" in line for line in found.otherwise)
+    with pytest.raises(UserError, match="across nodes was neither measured nor published"):
+        advise.advice(["model=llama3_8b", f"cluster={file}", "world_size=16", "seq_len=16384"])
 
 
 REFUSED = {
