@@ -94,7 +94,7 @@ class Space:
         s = replace(Letters.of(self.config), B=batch, **sizes)
         mesh = {axis: (columns[f"{axis} ranks"], columns[f"{axis} stride"]) for axis in GROUPS}
         offload = self.config.offload != "none" and recompute == "block"
-        times = Step(account, s, mesh, self.machine, offload, columns["links"], known).times()
+        times = Step(account, s, self.machine, mesh, offload, columns["links"], known=known).times()
         priced = {
             "step_ms": times.step,
             **times.parts,
