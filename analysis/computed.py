@@ -154,7 +154,8 @@ class Computed:
         times = chunks * (s.u > 1) * (1 + (s.B > 1))
         copies = self.copy(s.q / chunks, 2 * times) + self.copy(s.kv / chunks, 2 * times)
         if way == "backward":  # of the heads' chunks, even if there is one alone, gradients are put together
-            copies += self.copy(s.q, 1 * (s.u > 1)) + self.copy(s.kv, 2 * (s.u > 1))
+            dealt = any(line.kind == "all_to_all" for part in self.account.attention for line in part(s))
+            copies += self.copy(s.q, int(dealt)) + self.copy(s.kv, 2 * dealt)
         if s.packed:
             copies += self.copy((s.q + 2 * s.kv) / chunks, chunks * (s.u > 1))
         return (
@@ -238,7 +239,7 @@ class Computed:
         s, table = self.s, self.ends[0].weights[0]
         rows = self.copy(s.tokens * s.d * s.e)
         found = self.weights_of(self.ends[:1], way)
-        if not alone(s.tp):
+        if self.account.linears:  # also along an axis of one rank
             found += rows + self.of_tokens(5 if way == "forward" else 0)
         if way == "backward":
             return found + self.on.moves(s.e * (s.tokens + table.rows) * s.d)

@@ -109,7 +109,8 @@ class Held:
             softmax = self.logits * (s.e + several * (WIDE + (WIDE if s.e != WIDE else 0)))
         sums = 3 * table if several else table + s.e * self.logits
         parts = (pieces - 1) / pieces * self.x
-        inside = largest(sums + parts, softmax + several * table + parts, table + self.norm(4, 1) - self.x)
+        sums = largest(sums + parts, s.e_dw * self.head)  # or into the message that sums it over ranks
+        inside = largest(sums, softmax + several * table + parts, table + self.norm(4, 1) - self.x)
         return inside + self.gathered(self.head + self.travelling(self.groups[:1]))
 
     def last_block(self) -> Amount:
@@ -141,6 +142,10 @@ class Held:
                 moments.append(again + self.gathered(2 * ahead) + s.e_dw * weights_of[-1] + there)
             else:
                 moments += [beside + there + 3 * third, beside + inputs / parts + 2 * w - of_mlp + third]
+        for number, size in enumerate(weights_of):  # its gradients go into a message, and the one before is on its way
+            before = [other for other in weights_of[:number] + weights_of[number + 1 :] if np.any(other)]
+            messages = s.e_dw * (size + (before[0] if before else size))
+            moments.append(messages + s.e * size + self.gathered(ahead) + 2 * x)
         return largest(*moments)
 
     def update(self) -> Amount:
