@@ -12,9 +12,11 @@ from bench.simulation.streams import Streams
 from conf import tiers
 from conf.clock import COLLECTIVES, Clock, Group, computed
 from conf.clusters import described
+from conf.compose import configuration
 from conf.groups import HERE
 from conf.keys import ClusterConfig, Config
 from conf.measurement import Entry, Predicted
+from conf.resolve import resolve
 from tests.cases import LAYOUTS, Case, config_of
 from tests.ranks import on_ranks, standing_for
 from tests.test_simulate import MODEL
@@ -211,3 +213,21 @@ def test_a_clock_changes_nothing_else(case: Case):
     ((_, without),) = steps({}, case, untimed)
     assert without.predicted is None
     assert (without.peaks, without.comm, without.flops) == (with_clock.peaks, with_clock.comm, with_clock.flops)
+
+
+GATHERS_AS_LONG = "strategy=ulysses world_size=32 seq_len=16384 model=llama3_8b model.n_layers=20 precision=bf16_mixed"
+
+
+def asked_or_full(process: int) -> Observed:
+    words = [*GATHERS_AS_LONG.split(), "cluster=a100", "device=cuda", "mode=simulate", f"full_depth={process == 1}"]
+    config = resolve(configuration(words)).config
+    config.attention.kernel = "sdpa"
+    with standing_for(0, 32, "cuda"):
+        return simulate.simulate(config, lambda text: None)[0]
+
+
+def test_gathers_as_long_as_what_hides_them_are_followed_until_a_layer_takes_what_the_last_one_took():
+    """Here the sixth layer takes 6 % longer than the fifth, and those after it as long."""
+    asked, full = on_ranks(2, asked_or_full, grouped=False)
+    assert asked.predicted.step_ms == pytest.approx(full.predicted.step_ms, rel=1e-3)
+    assert simulate.in_order(asked.comm) == simulate.in_order(full.comm)

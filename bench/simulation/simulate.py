@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import astuple, replace
 from itertools import groupby
+from math import isclose
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from strategies.ops.layouts import visible
 from strategies.ops.mesh import Axis
 
 DEPTHS = 4, 5, 6  # of the two that are extrapolated and the one that they must foretell
+LATER = 12  # layers after which a step takes for one more what it took for the one before, if it does not at DEPTHS
+STEADY = 1e-3  # of a layer's time
 EDGE = 2  # blocks at either end of the model that may differ from those between, because FSDP2 prefetches
 BLOCK = re.compile(r"blocks\.(-?\d+)")
 SIZES = "flops", "after_forward", "host_bytes"  # of all that was observed
@@ -50,8 +53,13 @@ def simulate(config: Config, progress: Callable[[str], None], known: bool = Fals
     if config.workload == "step" and not config.full_depth and n_layers > DEPTHS[-1] and not padded(config):
         *base, third = DEPTHS
         short, longer = (of_depth(depth) for depth in base)
-        if known or foretold(extrapolated(short, longer, third), of_depth(third)):
-            return extrapolated(short, longer, n_layers), True
+        seen = None if known and hides_gathers(short, longer) else of_depth(third)
+        if seen is None or foretold(extrapolated(short, longer, third), seen):
+            found = extrapolated(short, longer, n_layers)
+            if seen is not None and not steady(short, longer, seen) and n_layers > LATER:
+                few, more = of_depth(LATER - 1), of_depth(LATER)
+                found = replace(found, predicted=in_time(few.predicted, more.predicted, LATER, n_layers))
+            return found, True
     return of_depth(n_layers), False
 
 
@@ -135,12 +143,6 @@ def extrapolated(short: Observed, longer: Observed, n_layers: int) -> Observed:
     def further(at_short: float, at_longer: float) -> float:
         return at_longer + (n_layers - DEPTHS[1]) * (at_longer - at_short)
 
-    def in_time(short: Predicted | str | None, longer: Predicted | str | None) -> Predicted | str | None:
-        if not isinstance(short, Predicted) or not isinstance(longer, Predicted):
-            return longer
-        both = zip(vars(short).values(), vars(longer).values(), strict=True)
-        return Predicted(*({name: further(few.get(name, 0.0), ms) for name, ms in more.items()} for few, more in both))
-
     def grown(short: Peak | Entry, longer: Peak | Entry, names: Iterable[str]) -> Any:
         sizes: dict[str, Any] = {name: further(getattr(short, name), getattr(longer, name)) for name in names}
         return replace(longer, **sizes)
@@ -156,8 +158,42 @@ def extrapolated(short: Observed, longer: Observed, n_layers: int) -> Observed:
             for i in stands_for(int(block[1]), n_layers):
                 comm.append(replace(entry, source=BLOCK.sub(f"blocks.{i}", entry.source)))
     sizes: dict[str, Any] = {name: int(further(getattr(short, name), getattr(longer, name))) for name in SIZES}
-    predicted = in_time(short.predicted, longer.predicted)
+    predicted = in_time(short.predicted, longer.predicted, DEPTHS[1], n_layers)
     return Observed(comm=comm, peaks=peaks, predicted=predicted, spans=longer.spans, **sizes)
+
+
+Timed = Predicted | str | None
+
+
+def in_time(short: Timed, longer: Timed, depth: int, n_layers: int) -> Timed:
+    """What a step of `depth` layers and one of a layer less say of n_layers."""
+    if not isinstance(short, Predicted) or not isinstance(longer, Predicted):
+        return longer
+    laps = zip(vars(short).values(), vars(longer).values(), strict=True)
+    more = n_layers - depth
+    return Predicted(
+        *({name: ms + more * (ms - few.get(name, 0.0)) for name, ms in many.items()} for few, many in laps)
+    )
+
+
+def steady(short: Observed, longer: Observed, third: Observed) -> bool:
+    """Does one layer more take what the one before it took? Where FSDP2's gathers are nearly as long as what they run
+    beside, that is so after a few layers only.
+    """
+    times = [seen.predicted.step_ms for seen in (short, longer, third) if isinstance(seen.predicted, Predicted)]
+    return len(times) < 3 or isclose(times[2] - times[1], times[1] - times[0], rel_tol=STEADY)
+
+
+def hides_gathers(short: Observed, longer: Observed) -> bool:
+    """Is there nothing of FSDP2's that a layer more waits for?"""
+    if not any(entry.weights and entry.phase == "forward" for entry in longer.comm):
+        return True
+    one = in_time(short.predicted, longer.predicted, 0, 1)
+    few = in_time(short.predicted, longer.predicted, 0, 0)
+    if not isinstance(one, Predicted) or not isinstance(few, Predicted):
+        return True
+    waited = sum(one.exposed.get(kind, 0.0) - few.exposed.get(kind, 0.0) for kind in ("all_gather", "reduce_scatter"))
+    return waited <= STEADY * (one.step_ms - few.step_ms)
 
 
 def edges(peaks: dict[str, Peak], depth: int) -> dict[str, Peak]:
