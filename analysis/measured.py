@@ -107,7 +107,7 @@ def measured_here(folder: Path, calibration: Path) -> list[Pair]:
             group=", ".join(str(row[key]) for key in ALIKE),
             metric="step",
             ms=row["step_ms_median"],
-            config=replace(config_of(sweep, row["run_id"]), mode="simulate", cluster=cluster),
+            config=replace(config_of(sweep, row["run_id"]), mode="simulate", cluster=cluster, rounds=1),
             words=[*shlex.split(row["command"])[3:], *asked, f"attention.kernel={row['attention_kernel']}"],
             spread=(row["step_ms_p90"] - row["step_ms_p10"]) / row["step_ms_median"],
         )

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import plots
+from analysis import plots, predict
 from analysis.measured import PUBLISHED, Pair, figures, measured_here, priced, published
 from analysis.templates import TEMPLATES
+from conf.resolve import resolve
 
 NEAR = 0.05  # of the best: as good as it
 WITHIN = 0.10
@@ -24,12 +25,15 @@ FEW = 1024  # tokens a GPU: below, a step waits for launches and start-ups, whic
 ENOUGH = 2048  # tokens a GPU, of which goals are told
 
 Predictor = Callable[[Pair], float]  # a pair -> ms
-PREDICTORS: dict[str, Predictor] = {"replay": lambda pair: pair.replayed}
+PREDICTORS: dict[str, Predictor] = {
+    "replay": lambda pair: pair.replayed,
+    "closed form": lambda pair: getattr(predict.of_config(resolve(pair.config).config), pair.metric),
+}
 
 
-def errors(pairs: Sequence[Pair], predict: Predictor) -> np.ndarray:
+def errors(pairs: Sequence[Pair], guess: Predictor) -> np.ndarray:
     """Predicted over measured, less 1."""
-    return np.array([predict(pair) / pair.ms - 1 for pair in pairs])
+    return np.array([guess(pair) / pair.ms - 1 for pair in pairs])
 
 
 def told(errors: np.ndarray, head: str = "") -> dict[str, str]:
@@ -41,20 +45,20 @@ def told(errors: np.ndarray, head: str = "") -> dict[str, str]:
     }
 
 
-def scalar(pairs: Sequence[Pair], predict: Predictor) -> dict[str, float]:
+def scalar(pairs: Sequence[Pair], guess: Predictor) -> dict[str, float]:
     """Source -> what its fit rows took over what was predicted, in the median; of sources that have some."""
     fit = sorted((pair for pair in pairs if pair.use == "fit"), key=lambda pair: pair.source)
     return {
-        source: float(np.median([pair.ms / predict(pair) for pair in found]))
+        source: float(np.median([pair.ms / guess(pair) for pair in found]))
         for source, found in groupby(fit, lambda pair: pair.source)
     }
 
 
-def with_scalar(found: Sequence[Pair], pairs: Sequence[Pair], predict: Predictor) -> np.ndarray:
+def with_scalar(found: Sequence[Pair], pairs: Sequence[Pair], guess: Predictor) -> np.ndarray:
     """Errors with the scalar of each source; of those found whose source has fit rows among all pairs."""
-    by_source = scalar(pairs, predict)
+    by_source = scalar(pairs, guess)
     return errors(
-        [pair for pair in found if pair.source in by_source], lambda pair: predict(pair) * by_source[pair.source]
+        [pair for pair in found if pair.source in by_source], lambda pair: guess(pair) * by_source[pair.source]
     )
 
 
@@ -66,10 +70,10 @@ def flops(pair: Pair) -> float:
 # Tables.
 
 
-def by_source(pairs: Sequence[Pair], predict: Predictor) -> pd.DataFrame:
+def by_source(pairs: Sequence[Pair], guess: Predictor) -> pd.DataFrame:
     """A line for each source and use, and one for all NVLink clusters."""
     return pd.DataFrame(
-        {"source": source, "rows are": use, **line(found, pairs, predict)}
+        {"source": source, "rows are": use, **line(found, pairs, guess)}
         for (source, use), found in [*parts(pairs), *summaries(pairs)]
     ).fillna("")
 
@@ -88,10 +92,10 @@ def summaries(pairs: Sequence[Pair]) -> list[tuple[tuple[str, str], list[Pair]]]
     return [((f"all on NVLink, {ENOUGH // 1024}K tokens a GPU and more", use), rows) for use, rows in uses if rows]
 
 
-def line(found: Sequence[Pair], pairs: Sequence[Pair], predict: Predictor) -> dict[str, Any]:
+def line(found: Sequence[Pair], pairs: Sequence[Pair], guess: Predictor) -> dict[str, Any]:
     """With constants as they are, with the scalars of fit rows, and with one FLOP rate of theirs, of whole steps."""
-    cells: dict[str, Any] = {"rows": len(found), **told(errors(found, predict))}
-    if (fitted := with_scalar(found, pairs, predict)).size:
+    cells: dict[str, Any] = {"rows": len(found), **told(errors(found, guess))}
+    if (fitted := with_scalar(found, pairs, guess)).size:
         cells |= told(fitted, "one scalar: ")
     if (at_one_rate := with_scalar(steps(found), steps(pairs), flops)).size:
         cells["one FLOP rate: median"] = told(at_one_rate)["median"]
@@ -102,14 +106,14 @@ def steps(pairs: Sequence[Pair]) -> list[Pair]:
     return [pair for pair in pairs if pair.metric == "step"]
 
 
-def by_group(pairs: Sequence[Pair], predict: Predictor) -> pd.DataFrame:
+def by_group(pairs: Sequence[Pair], guess: Predictor) -> pd.DataFrame:
     """A line for each group that was measured under the same conditions: how well it is ranked, and its best found."""
     lines = []
     for (group, use), found in groups(pairs):
         ms = np.array([pair.ms for pair in found])
         cells: dict[str, Any] = {"group": group, "rows are": use, "rows": len(found)}
-        for head, guess in {"": predict, "one FLOP rate: ": flops}.items():
-            values = np.array([guess(pair) for pair in found])
+        for head, price in {"": guess, "one FLOP rate: ": flops}.items():
+            values = np.array([price(pair) for pair in found])
             cells |= {f"{head}tau": tau(values, ms), f"{head}best": picked(values, ms)}
         wide = np.array([-float(pair.row["ulysses"]) for pair in found])
         lines.append(cells | ({"widest Ulysses: best": picked(wide, ms)} if np.ptp(wide) else {}))
@@ -158,12 +162,17 @@ def printed(sources: Sequence[str], calibration: Path, out: Path | None) -> str:
 def tables(pairs: Sequence[Pair]) -> dict[str, pd.DataFrame]:
     """What each predictor is worth: heads, and what stands below them."""
     found = {}
-    for name, predict in PREDICTORS.items():
-        found[f"Errors of the {name}"] = by_source(pairs, predict)
-        if not (ranked := by_group(pairs, predict)).empty:
-            found[f"Ranks of the {name}"] = ranked.map(lambda cell: f"{cell:.2f}" if isinstance(cell, float) else cell)
+    for name, guess in PREDICTORS.items():
+        found[f"Errors of the {name}"] = by_source(pairs, guess)
+        if not (ranked := by_group(pairs, guess)).empty:
+            found[f"Ranks of the {name}"] = ranked.map(shown)
             found[f"Best found by the {name}, as good as the best measured within {NEAR:.0%}"] = tally(ranked)
     return found
+
+
+def shown(cell: object) -> object:
+    """A share; nothing, where there is none."""
+    return cell if not isinstance(cell, float) else "" if np.isnan(cell) else f"{cell:.2f}"
 
 
 def tally(ranked: pd.DataFrame) -> pd.DataFrame:

@@ -1,5 +1,8 @@
 """Predictions judged: a well-formed table of published times, statistics by hand, and this machine by its clock."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -134,3 +137,33 @@ def test_another_machine_is_a_sentence(tmp_path):
     (tmp_path / "cluster.yaml").write_text((HERE / "cluster" / "h100.yaml").read_text())
     with pytest.raises(UserError, match=r"^runs/reference/quickstart ran on .*, and .*cluster.yaml is of H100"):
         validate.printed(["runs/reference/quickstart"], tmp_path, None)
+
+
+# This machine, by its own clock.
+
+MESHES = ["zero", "tp mesh.tp=2", "ulysses mesh.ulysses=2", "ring mesh.ring=2"]
+
+
+@pytest.mark.slow
+def test_this_machine_is_predicted_by_its_own_clock(tmp_path, monkeypatch):
+    """A part of mesh2, whose steps take what is predicted, give or take a half; how far off, `validate` tells."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    ours = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, range(os.cpu_count()))  # pytest's workers have a core each, and ranks need two
+    try:
+        bench("-m", "sweep=calibrate", "seq_len=1024", "warmup=1", "steps=2")
+        for mesh in MESHES:
+            bench(*f"strategy={mesh} world_size=2 seq_len=1024 batch_size=2 warmup=1 steps=3 name=mesh2".split())
+        pairs = measured.measured_here(Path("runs/mesh2"), Path("runs/calibrate"))
+    finally:
+        os.sched_setaffinity(0, ours)
+    assert len(pairs) == len(MESHES)
+    for name, guess in validate.PREDICTORS.items():
+        assert np.median(np.abs(validate.errors(pairs, guess))) < 0.5, name
+    assert "runs/mesh2: its rows' steps spread" in " ".join(validate.notes(pairs))
+
+
+def bench(*words: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "bench", *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
