@@ -63,6 +63,11 @@ def test_a_clock_is_no_faster_than_its_gpu(name):
     assert all(rate.rate <= gpu["nic_uni_gbps_per_gpu"] for by in clock.inter.values() for rate in by.values())
 
 
+def test_the_page_is_what_the_reference_rows_say():
+    pairs = measured.published(Path("runs/reference"))
+    assert Path("docs/validation.md").read_text() == validate.page(pairs, "validation")
+
+
 # Statistics.
 
 CONFIG = configuration(
