@@ -315,6 +315,7 @@ CLEAN = "import time; time.sleep(1.1); from bench.ranks.scratch import scratch; 
 def test_other_ways_to_end_are_answered_alike(number):
     before = {each: signal.getsignal(each) for each in interrupts.ASKED}
     try:
+        signal.signal(number, signal.SIG_DFL)  # whoever started the tests, as under nohup, may have had it ignored
         interrupts.heed()
         with pytest.raises(interrupts.Asked, match=f"interrupted by {number.name}") as asked:
             signal.raise_signal(number)
