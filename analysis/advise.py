@@ -22,7 +22,7 @@ from analysis.predict import machine_of
 from analysis.reading import read_csv
 from analysis.templates import TEMPLATES
 from conf import meshes
-from conf.clock import LAUNCH_BOUND
+from conf.clock import COLLECTIVES, LAUNCH_BOUND
 from conf.compose import REFUSED, configuration, sentence
 from conf.files import FileFault, check_writable
 from conf.keys import Config, MeshConfig, StrategyConfig
@@ -34,7 +34,7 @@ ERROR = 0.05  # what both predictors may differ by (tests/test_predict.py)
 WEIGHED = 0.02  # what the account's memory may be off
 MESH = ["strategy", *AXES.values()]
 GIB, GB = 2**30, 1e9
-WAITING = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "p2p", "offload")
+WAITING = (*COLLECTIVES, "offload")
 PARTS = ("products", "attention", "kernels", "launches", *WAITING)
 FACTORS = (0.25, 0.5, 1, 2, 4)  # of length and ranks, on the map
 ASKED = "as asked"

@@ -6,7 +6,6 @@ is waited for.
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,10 @@ from analysis import UserError
 from analysis.plots import KINDS, WORK, save
 from analysis.reading import load
 from conf.files import FileFault, size_of
+from conf.measurement import Span
 
 WAITED = "#c00000"
 WAYS = ("forward", "backward")
-
-
-@dataclass(frozen=True)
-class Span:
-    """What a lane does from when to when, in us."""
-
-    lane: str
-    name: str
-    begun: float
-    done: float
 
 
 def printed(folder: Path) -> str:

@@ -17,11 +17,11 @@ import pandas as pd
 from analysis import plots, predict
 from analysis.measured import PUBLISHED, Pair, figures, measured_here, priced, published
 from analysis.templates import TEMPLATES
+from conf.clock import LAUNCH_BOUND
 from conf.resolve import resolve
 
 NEAR = 0.05  # of the best: as good as it
 WITHIN = 0.10
-FEW = 1024  # tokens a GPU: below, a step waits for launches and start-ups, which no published row tells
 ENOUGH = 2048  # tokens a GPU, of which goals are told
 
 Predictor = Callable[[Pair], float]  # a pair -> ms
@@ -203,10 +203,10 @@ def notes(pairs: Sequence[Pair]) -> list[str]:
                 f"{source}: its rows' steps spread (p10 to p90) over {spread:.1%} of their median, "
                 f"{'more' if spread > error else 'less'} than the error."
             )
-    if few := sum(pair.tokens < FEW for pair in pairs):
+    if few := sum(pair.tokens < LAUNCH_BOUND for pair in pairs):
         found.append(
-            f"{few} rows have less than {FEW // 1024}K tokens a GPU: their steps may wait for launches and start-ups, "
-            "which are the least known figures of a clock."
+            f"{few} rows have less than {LAUNCH_BOUND // 1024}K tokens a GPU: their steps may wait for launches and "
+            "start-ups, which are the least known figures of a clock."
         )
     gpus = Counter(pair.source for pair in figures() if not priced(pair))
     if any(pair.spread is None for pair in pairs):
