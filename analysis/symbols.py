@@ -12,13 +12,14 @@ from analysis.accounts.letters import Amount, Letters
 from analysis.accounts.sent import SHORT, Sent, total
 from conf import meshes
 
-NAMES = "B L d i h h_kv V N dp tp u r rho e e_g n_layers"
+NAMES = "B L d i h h_kv V N dp tp u r rho e e_g H n_layers"
 SYMBOLS = {name: sympy.Symbol(name, positive=True) for name in NAMES.split()}
 LEGEND = {
     "B, L": "sequences of a dp rank, tokens of a sequence",
     "d, i, V": "hidden size, MLP size, vocabulary",
     "h, h_kv": "heads, kv heads (tp is taken to divide h_kv)",
     "N": "ranks, on the strategy's one axis; tp, u (ulysses), r (ring) where it has several; dp in front of them all",
+    "H": "keys of other ranks that a rank's queries see, of all its sequences together",
     "rho": "copies of a kv head: max(1, u tp / h_kv)",
     "e, e_g": "bytes of an element; of a travelling dK or dV (4 unless ring.grad_dtype=same)",
     "D": "B L d e bytes of a tp group's activation, on its part of the sequence",
@@ -33,7 +34,14 @@ def letters(**changes: object) -> Letters:
     sizes = {**alike, "K": SYMBOLS["d"] / SYMBOLS["h"], "layers": "n_layers", "e_w": "e", "e_dw": "e"}
     ranks = dict.fromkeys(AXES.values(), 1)
     named: dict[str, Amount] = {**sizes, **ranks, **changes}
-    return Letters(**{name: SYMBOLS[value] if isinstance(value, str) else value for name, value in named.items()})
+    return Letters(**{name: symbol(value) for name, value in named.items()})
+
+
+def symbol(value: Amount) -> Amount:
+    """What a name stands for, and each name of several."""
+    if isinstance(value, dict):
+        return {name: symbol(each) for name, each in value.items()}
+    return SYMBOLS[value] if isinstance(value, str) else value
 
 
 def ranks_of(strategy: str) -> dict[str, str]:

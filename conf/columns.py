@@ -203,8 +203,14 @@ OF_A_STEP = [
     Column(
         "flops_per_rank",
         "FLOP",
-        "matrix products, and the query-key pairs that a causal mask lets through, of the rank that does most",
+        "matrix products, and the query-key pairs that the mask lets through, of the rank that does most",
         lambda m: m.flops,
+    ),
+    Column(
+        "attention_work_max_by_mean",
+        "",
+        "query-key pairs that the mask lets through, of the rank with most over the ranks' mean",
+        lambda m: m.work_max_by_mean,
     ),
     Column("analytic_flops_per_rank", "FLOP", "what the strategy's account says of it", lambda m: m.derived_flops),
     clock("tflops_per_rank", "TFLOP/s", "flops_per_rank over the step's time", lambda m: m.tflops),

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from conf import clusters, meshes
-from conf.groups import CHOSEN, HERE, OPEN, options, written
+from conf.groups import BY_CHOICES, CHOSEN, HERE, OPEN, options, written
 from conf.keys import HUGE, Config, RopeScaling, keys
 from conf.words import Invalid, did_you_mean, in_a_line, one_of
 
@@ -30,14 +30,15 @@ PLUGINS = {"joblib": "hydra-joblib-launcher", "optuna": "hydra-optuna-sweeper"} 
 
 @cache
 def register() -> None:
-    """Tell Hydra the keys, and the groups that are not yaml files of this folder: strategies and data."""
+    """Tell Hydra the keys, and the groups that are not yaml files of this folder."""
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     for name in meshes.names():
         ranks = {"world_size": 1} if meshes.alone in meshes.footing_of(name).needs else {}
         store.store(group="strategy", name=name, node={"strategy": {"name": name}, **ranks}, package="_global_")
-    for name in keys()["data.name"].choices:
-        store.store(group="data", name=name, node={"name": name})
+    for group in BY_CHOICES:
+        for name in options(group):
+            store.store(group=group, name=name, node={"name": name})
     store.store(group="cluster", name="none", node={"cluster": None}, package="_global_")
     chosen = [{group: keys()[path].default} for group, path in CHOSEN.items()]
     store.store(name="keys", node={"defaults": ["schema", "_self_", *chosen, *({group: None} for group in OPEN)]})

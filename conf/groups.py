@@ -7,7 +7,14 @@ from conf.keys import keys
 
 HERE = Path(__file__).parent
 # group -> the key that it sets
-CHOSEN = {"strategy": "strategy.name", "model": "model.name", "data": "data.name", "launch": "launch.name"}
+CHOSEN = {
+    "strategy": "strategy.name",
+    "model": "model.name",
+    "data": "data.name",
+    "documents": "documents.name",
+    "launch": "launch.name",
+}
+BY_CHOICES = ("data", "documents")  # groups that are no yaml files: the key's choices
 OPEN = ("cluster", "sweep")  # groups of which none need be chosen
 
 
@@ -15,8 +22,8 @@ def options(group: str) -> list[str]:
     """What a group can be."""
     if group == "strategy":
         return sorted(meshes.names())
-    if group == "data":
-        return list(keys()["data.name"].choices)
+    if group in BY_CHOICES:
+        return list(keys()[CHOSEN[group]].choices)
     none = ["none"] if group == "cluster" else []
     return none + sorted(file.stem for file in (HERE / group).glob("*.yaml"))
 

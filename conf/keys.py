@@ -22,6 +22,7 @@ OF_A_MACHINE = ("collectives", "kernels")  # workloads that measure what a step 
 MOST = 2**30  # of what no one has so many of
 MOST_RANKS = 2**20
 HUGE = 10**300  # what is larger becomes no float, in OmegaConf and in JSON's readers
+CHUNKS = 8  # of a rank, in ring.layout=balanced
 INITIAL_STD = 0.02  # of a random initial matrix
 PLACEMENTS = {  # the axes along which ranks are laid out, those whose neighbours are farthest apart first
     "ulysses_inner": ("dp", "ring", "ulysses", "tp"),
@@ -110,6 +111,23 @@ class DataConfig:
 
 
 @dataclass
+class DocumentsConfig:
+    """Where documents end that are packed into a sequence. A token sees its own document alone."""
+
+    name: str = key(
+        "none",
+        "none: a sequence is one | eos: after each documents.eos | lengths: as documents.path lists them, in turn | "
+        "histogram: drawn from one of lengths, in every step the same",
+        choices=("none", "eos", "lengths", "histogram"),
+        column="documents",
+    )
+    eos: int | None = key(None, "of documents=eos: the token that ends a document", least=0, most=2**24)
+    path: str | None = key(
+        None, "of documents=lengths: a text of numbers | of histogram: a CSV like conf/lengths/*.csv; null = that one"
+    )
+
+
+@dataclass
 class MeshConfig:
     dp: int | None = key(None, "ranks that share out the batch", least=1, most=MOST_RANKS)
     tp: int | None = key(None, "ranks that share out heads and columns", least=1, most=MOST_RANKS)
@@ -125,17 +143,32 @@ class UlyssesConfig:
 
 @dataclass
 class RingConfig:
-    layout: str = key("zigzag", "who owns which tokens", choices=("contiguous", "zigzag", "striped"))
+    layout: str = key(
+        "zigzag",
+        "who owns which tokens; balanced: chunks dealt out so that all have as much to compute",
+        choices=("contiguous", "zigzag", "striped", "balanced"),
+    )
     kv: str = key(
         "rotate",
-        "rotate: hops around the ring | all_gather: all keys and values at once (Llama 3)",
-        choices=("rotate", "all_gather"),
+        "rotate: hops around the ring | all_gather: all keys and values at once (Llama 3) | needed: those alone that a "
+        "rank's queries see",
+        choices=("rotate", "all_gather", "needed"),
     )
     grad_dtype: str = key("fp32", "in which dK and dV travel", choices=("fp32", "same"))
+    chunk: int | None = key(
+        None, "of ring.layout=balanced: tokens of a chunk; null = 1 / (8 ring) of the sequence", least=1, most=MOST
+    )
+
+    def chunk_of(self, seq_len: int, ring: int) -> int:
+        """Tokens of a chunk of ring.layout=balanced."""
+        return self.chunk or max(1, seq_len // (CHUNKS * ring))
 
 
 @dataclass
 class AttentionConfig:
+    window: int | None = key(
+        None, "keys that a token sees, itself and those just before it; null = all before it", least=1, most=MOST
+    )
     kernel: str = key("auto", "what computes a block of attention", choices=("auto", "flash_attn", "sdpa", "math"))
 
 
@@ -236,6 +269,7 @@ class Config:
     strategy: StrategyConfig = section(StrategyConfig, "which strategy")
     model: ModelConfig = section(ModelConfig, "what is trained", "plain")
     data: DataConfig = section(DataConfig, "on which tokens")
+    documents: DocumentsConfig = section(DocumentsConfig, "packed into a sequence")
     world_size: int = key(4, "ranks", least=1, most=MOST_RANKS)
     mesh: MeshConfig = section(MeshConfig, "degrees; their product is world_size; null = the strategy decides", "plain")
     seq_len: int = key(512, "tokens per sequence, over all ranks", least=1, most=MOST)

@@ -7,6 +7,7 @@ from statistics import median
 
 from conf.clock import COLLECTIVES
 from conf.keys import Config
+from conf.mask import PLAIN, Mask
 
 NOISY = 0.2  # a spread from the 10th to the 90th percentile, over the median
 LAPS = ("forward", "backward", "optimizer", "step")
@@ -177,8 +178,10 @@ class Measured:
 
     config: Config
     rounds: list[Round]
+    mask: Mask = PLAIN  # of the sequences of the step that was counted
     derived_bytes: int | None = None  # what the account of the strategy says that the busiest rank sends
     derived_flops: int | None = None  # and what the one that does most computes
+    work_max_by_mean: float | None = None  # of attention, over the ranks
     seconds: float | None = None  # how long its ranks took
     peak_tflops: float | None = None  # of the device, in this precision
 

@@ -6,9 +6,9 @@ PEERS. mesh.dp stands in front of them all, and takes the ranks that the others 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import gcd, prod
+from math import gcd, lcm, prod
 
-from conf.keys import PLACEMENTS, Config, multiples
+from conf.keys import CHUNKS, PLACEMENTS, Config, multiples
 from conf.words import Invalid, around, divisors
 
 AXES = ("dp", "tp", "ulysses", "ring")
@@ -71,10 +71,22 @@ def head_chunks(config: Config, degrees: Degrees) -> Rule:
 def sequence(config: Config, degrees: Degrees) -> Rule:
     """seq_len in equal parts around the ring (two a rank in zigzag), each in equal parts over ulysses and tp."""
     wide = [axis for axis in ("ring", "ulysses", "tp") if degrees.get(axis, 1) > 1]
-    parts = [2] if config.ring.layout == "zigzag" and "ring" in wide else []
+    layout = config.ring.layout if "ring" in wide else ""
+    if layout == "balanced":
+        return dealt_sequence(config, degrees)
+    parts = [2] if layout == "zigzag" else []
     names = " * ".join([*map(str, parts), *(f"mesh.{axis}" for axis in wide)])
     of = prod([*parts, *(degrees[axis] for axis in wide)])
     return Rule("seq_len", config.seq_len, f"must be a multiple of {names} = {of}", multiples("seq_len", of))
+
+
+def dealt_sequence(config: Config, degrees: Degrees) -> Rule:
+    """As many chunks for every rank of the ring, and these together in equal parts over ulysses and tp."""
+    ring, within = degrees["ring"], prod(degrees.get(axis, 1) for axis in ("ulysses", "tp"))
+    chunks = CHUNKS if config.ring.chunk is None and config.seq_len >= CHUNKS * ring else config.ring.chunk or 1
+    of = ring * lcm(chunks, within)
+    names = f"mesh.ring and a rank's part of ulysses * tp = {within} and chunks = {chunks}"
+    return Rule("seq_len", config.seq_len, f"must be a multiple of {names}: of {of}", multiples("seq_len", of))
 
 
 Fill = Callable[[Config, int, list[str]], Degrees]
@@ -163,6 +175,7 @@ class Peer:
     also: tuple[str, ...] = ()  # strategies of ours that it answers to on their meshes, beside `ours`
     attention: bool = False  # has it an attention of its own, for workload=attention
     adapted: bool = False  # does it run on our kernel, where its own is CUDA's
+    causal: bool = False  # does its attention know no other mask, and no dealing out by work
 
     @property
     def footing(self) -> Footing:
@@ -181,7 +194,7 @@ PEERS = {
     "deepspeed_ulysses": Peer(
         "ulysses", "deepspeed", needs=(at_least_two("ulysses"), no_more_than_kv_heads), attention=True
     ),
-    "torch_cp": Peer("ring", needs=(at_least_two("ring"),), attention=True, adapted=True),
+    "torch_cp": Peer("ring", needs=(at_least_two("ring"),), attention=True, adapted=True, causal=True),
     "yunchang": Peer(
         "usp",
         "yunchang",
@@ -189,6 +202,7 @@ PEERS = {
         also=("ulysses", "ring"),
         attention=True,
         adapted=True,
+        causal=True,
     ),
 }
 

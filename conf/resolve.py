@@ -39,6 +39,7 @@ def resolve(written: Config) -> Resolved:
     fill_model(config.model)
     fill_grad_dtype(config)
     check_offload(config)
+    check_documents(config)
     meshes.fill(config)
     check_batch(resolved)
     return resolved
@@ -125,6 +126,8 @@ def check_peer(resolved: Resolved, peer: meshes.Peer) -> None:
     """Is there anything to measure of a peer but time? What it has one value of is set to that."""
     config, notes = resolved.config, resolved.notes
     name, mode = config.strategy.name, config.mode
+    if peer.causal:
+        check_causal(config)
     if mode != "real":
         raise Invalid(f"strategy={name} is raced, and mode={mode} has no race; mode=real or {peer.ours} would do")
     if config.workload == "attention" and not peer.attention:
@@ -136,6 +139,41 @@ def check_peer(resolved: Resolved, peer: meshes.Peer) -> None:
             key.put(config, value)
     if peer.adapted and config.device == "cpu":
         notes.append(f"{name}'s schedule on this project's kernel")
+
+
+def check_causal(config: Config) -> None:
+    """Of a peer that knows no other mask, and sends all keys."""
+    for key, asked in (
+        ("documents", config.documents.name != "none" and config.documents.name),
+        ("attention.window", config.attention.window),
+        ("ring.layout", config.ring.layout == "balanced" and "balanced"),
+        ("ring.kv", config.ring.kv == "needed" and "needed"),
+    ):
+        if asked:
+            default = keys()[f"{key}.name" if key == "documents" else key].default
+            would_do = "null" if default is None else default
+            raise Invalid(
+                f"{key}={asked}: {config.strategy.name} knows no mask but the causal one; {would_do} would do"
+            )
+
+
+def check_documents(config: Config) -> None:
+    """Does the configuration say where they end?"""
+    documents, name = config.documents, f"documents={config.documents.name}"
+    if documents.name == "eos":
+        if documents.eos is None:
+            raise Invalid("documents.eos is missing: documents=eos ends a document after each such token; 0 would do")
+        if documents.eos >= config.model.vocab_size:
+            most = config.model.vocab_size - 1
+            raise Invalid(f"documents.eos={documents.eos} is no token of the model; {most} is the last that would do")
+        if config.workload == "attention":
+            raise Invalid(f"{name}: workload=attention has no tokens; lengths or histogram would do")
+    if documents.name == "lengths" and documents.path is None:
+        raise Invalid("documents.path is missing: documents=lengths reads the lengths of documents there")
+    if documents.name in ("none", "eos") and documents.path is not None:
+        raise Invalid(f"documents.path={documents.path} is for lengths and histogram, and {name}; null would do")
+    if config.ring.kv == "needed" and "ring" not in meshes.footing_of(config.strategy.name).axes:
+        raise Invalid(f"ring.kv=needed: strategy {config.strategy.name} has no ring axis; rotate would do")
 
 
 def fill_from_checkpoint(model: ModelConfig) -> None:

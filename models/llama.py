@@ -279,7 +279,8 @@ class Llama(nn.Module):
     def forward(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
         """The sum of this process's token losses.
 
-        tokens, labels: [B, S] int64, label -100 = not counted; positions: [S], where in the sequence each token is.
+        tokens, labels: [B, S] int64, label -100 = not counted; positions: [B or 1, S], where in its document each
+        token is.
         """
         rope = rope_tables(positions, self.config, self.dtype)
         x = self.embed(tokens).to(self.dtype)
@@ -294,12 +295,12 @@ def chunked(x: Tensor, chunks: int) -> tuple[Tensor, ...]:
 
 
 def rope_tables(positions: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position's angles, [S, 1, K], computed in at least fp32."""
+    """cos and sin of every position's angles, [.., S, 1, K], computed in at least fp32."""
     exact = torch.promote_types(dtype, torch.float32)
     exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=exact) / config.head_dim
     frequencies = scaled_frequencies(config.rope_theta**-exponents, config)
-    angles = positions.to(exact)[:, None] * frequencies
-    angles = torch.cat([angles, angles], dim=-1)[:, None, :]
+    angles = positions.to(exact)[..., None] * frequencies
+    angles = torch.cat([angles, angles], dim=-1)[..., None, :]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

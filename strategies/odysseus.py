@@ -14,7 +14,6 @@ needs           n_heads % tp == 0; tp and n_kv_heads: one divides the other; seq
 from torch import Tensor, nn
 
 from strategies.ops.layouts import ring_split
-from strategies.ops.linear import SEQUENCE
 from strategies.ops.mesh import everyone
 from strategies.ops.ring_attention import ring_attention
 from strategies.ops.weights import schedule_as_one
@@ -23,7 +22,7 @@ from strategies.tp_sp import TPSP
 
 class Odysseus(TPSP):
     def split(self, tokens: Tensor) -> Tensor:
-        return ring_split(tokens, SEQUENCE, self.options.ring.layout, self.ring)
+        return ring_split(tokens, self.ring, self.options)
 
     def shard(self, model: nn.Module) -> None:
         self.everyone = everyone(self.mesh)

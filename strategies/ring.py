@@ -16,12 +16,10 @@ from strategies.base import Strategy
 from strategies.ops.layouts import ring_split
 from strategies.ops.ring_attention import ring_attention
 
-SEQUENCE = 1
-
 
 class Ring(Strategy):
     def split(self, tokens: Tensor) -> Tensor:
-        return ring_split(tokens, SEQUENCE, self.options.ring.layout, self.ring)
+        return ring_split(tokens, self.ring, self.options)
 
     def shard(self, model: nn.Module) -> None:
         self.zero_model(model)

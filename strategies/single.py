@@ -13,7 +13,7 @@ needs           world_size 1
 from torch import Tensor, nn
 
 from strategies.base import Strategy
-from strategies.ops.kernels import attend
+from strategies.ops.attention import attend
 
 
 class Single(Strategy):
@@ -29,7 +29,7 @@ class Single(Strategy):
         return attn.output(out)
 
     def core_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(q, k, v, self.options.kernel)
+        return attend(q, k, v, self.options)
 
     def mlp(self, mlp: nn.Module, x: Tensor) -> Tensor:
         return mlp(x)

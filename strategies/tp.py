@@ -13,8 +13,8 @@ needs           n_heads % N == 0; N and n_kv_heads: one divides the other
 from torch import Tensor, nn
 
 from strategies.base import Strategy
+from strategies.ops.attention import attend
 from strategies.ops.collectives import all_reduce, copy
-from strategies.ops.kernels import attend
 from strategies.ops.mesh import neighbours
 from strategies.ops.vocab import vocab_embedding, vocab_loss_sum
 from strategies.ops.weights import column, column_heads, row
@@ -50,7 +50,7 @@ class TP(Strategy):
         return all_reduce(attn.output(out), self.tp)  # {[B, S, D]} -> [B, S, D]
 
     def core_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(q, k, v, self.options.kernel)
+        return attend(q, k, v, self.options)
 
     def mlp(self, mlp: nn.Module, x: Tensor) -> Tensor:
         x = copy(x, self.tp)

@@ -23,7 +23,7 @@ from strategies.ulysses import SEQUENCE, through_heads
 
 class TPUSP(TPSP):
     def split(self, tokens: Tensor) -> Tensor:
-        around = ring_split(tokens, SEQUENCE, self.options.ring.layout, self.ring)
+        around = ring_split(tokens, self.ring, self.options)
         return around.chunk(self.ulysses.size, SEQUENCE)[self.ulysses.rank]
 
     def core_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [B, S_sp, H_tp, K]

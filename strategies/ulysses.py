@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from strategies.base import Options, Strategy
+from strategies.ops.attention import attend
 from strategies.ops.collectives import start_all_to_all
-from strategies.ops.kernels import attend
 from strategies.ops.mesh import Axis
 
 SEQUENCE, HEADS = 1, 2
@@ -40,7 +40,7 @@ class Ulysses(Strategy):
         return through_heads(q, k, v, self.ulysses, self.options, self.inner_attention)
 
     def inner_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [B, S, H_sp, K], k and v [B, S, G_sp, K]
-        return attend(q, k, v, self.options.kernel)
+        return attend(q, k, v, self.options)
 
     def mlp(self, mlp: nn.Module, x: Tensor) -> Tensor:
         return mlp(x)

@@ -21,7 +21,7 @@ from strategies.ulysses import SEQUENCE, Ulysses
 
 class USP(Ulysses):
     def split(self, tokens: Tensor) -> Tensor:
-        around = ring_split(tokens, SEQUENCE, self.options.ring.layout, self.ring)
+        around = ring_split(tokens, self.ring, self.options)
         return around.chunk(self.ulysses.size, SEQUENCE)[self.ulysses.rank]
 
     def inner_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [B, S_ring, H_ulysses, K]

@@ -15,6 +15,7 @@ from analysis.accounts.comparison import compared
 from analysis.accounts.letters import Letters
 from analysis.accounts.sent import Sent, total
 from conf.keys import Config
+from conf.mask import Mask
 
 EXACT = 1e-12  # of whole numbers, as far as floating point has them
 
@@ -43,43 +44,46 @@ def none_of(name: str) -> str:
     return f"{name} has no account: {file_of(name)} would be it"
 
 
-def answer(config: Config, rank: int | None, question: Callable[[Account, Letters], Any]) -> Any:
+def answer(
+    config: Config, rank: int | None, question: Callable[[Account, Letters], Any], mask: Mask | None = None
+) -> Any:
     """Of the account, for a rank of a resolved configuration, or the one that has most to do; None without an account.
 
     Raises UserError for an account that has no answer.
     """
     name = config.strategy.name
-    account, letters = account_of(name), Letters.of(config, rank)
+    account, letters = account_of(name), Letters.of(config, rank, mask)
     try:
         return None if account is None else question(account, letters)
     except Exception as error:
         raise at_fault(name, error) from error
 
 
-def predicted(config: Config, rank: int | None = None) -> list[Sent] | None:
-    """What a rank, or the busiest, sends in a step."""
+def predicted(config: Config, rank: int | None = None, mask: Mask | None = None) -> list[Sent] | None:
+    """What a rank, or the busiest, sends in a step. mask: where documents end by tokens."""
     if config.workload == "attention":
-        return answer(config, rank, lambda account, s: account.of_attention(s, config.direction == "forward_backward"))
-    return answer(config, rank, lambda account, s: account.of_step(s))
+        backward = config.direction == "forward_backward"
+        return answer(config, rank, lambda account, s: account.of_attention(s, backward), mask)
+    return answer(config, rank, lambda account, s: account.of_step(s), mask)
 
 
-def step_bytes(config: Config, rank: int | None = None) -> int | None:
+def step_bytes(config: Config, rank: int | None = None, mask: Mask | None = None) -> int | None:
     """The bytes of that."""
-    lines = predicted(config, rank)
+    lines = predicted(config, rank, mask)
     return None if lines is None else round(total(lines))
 
 
-def step_flops(config: Config, rank: int | None = None) -> int | None:
+def step_flops(config: Config, rank: int | None = None, mask: Mask | None = None) -> int | None:
     """What a rank, or the one that does most, computes in a step."""
     if config.workload == "attention":
         backward = config.direction == "forward_backward"
-        return answer(config, rank, lambda account, s: round(account.flops_of_attention(s, backward)))
-    return answer(config, rank, lambda account, s: round(account.flops_of_step(s)))
+        return answer(config, rank, lambda account, s: round(account.flops_of_attention(s, backward)), mask)
+    return answer(config, rank, lambda account, s: round(account.flops_of_step(s)), mask)
 
 
-def differences(config: Config, rank: int, comm: Iterable[Mapping], flops: int) -> list[str]:
+def differences(config: Config, rank: int, comm: Iterable[Mapping], flops: int, mask: Mask | None = None) -> list[str]:
     """What a rank has counted and its account does not say, a sentence each; nothing without an account."""
-    lines, derived = predicted(config, rank), step_flops(config, rank)
+    lines, derived = predicted(config, rank, mask), step_flops(config, rank, mask)
     if lines is None or derived is None:
         return []
     wrong = [str(each) for each in compared(lines, comm) if not each.exact]

@@ -25,6 +25,8 @@ def of_matrices(groups: Iterable[Group], s: Letters) -> Amount:
 
 def pairs(s: Letters) -> Amount:
     """Of a block, over a rank's heads: among its 1/r of the tokens, and with what these see of the others'."""
+    if s.seen is not None:
+        return s.h / (s.tp * s.u) * s.seen["pairs"]
     n = s.L / s.r
     return s.B * s.h / (s.tp * s.u) * (n * (n + 1) / 2 + visiting(s, n))
 

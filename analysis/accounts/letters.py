@@ -12,7 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from analysis.accounts.masked import of_rank, special
+from conf.documents import mask_of
 from conf.keys import Config
+from conf.mask import Mask
 from conf.meshes import place
 
 Amount = Any  # a number, an array of them, or an expression of sympy's
@@ -78,16 +81,22 @@ class Letters:
     gather_kv: bool = False
     tied: bool = False
     clipping: bool = True
+    needed: bool = False
     layout: str = "zigzag"
+    seen: Mapping[str, Amount] | None = None  # pairs and keys of a rank, where they have no closed form (masked.py)
     at: Mapping[str, int] | None = None  # its place along each axis, and along `zero`
 
     @classmethod
-    def of(cls, config: Config, rank: int | None = None) -> "Letters":
-        """The numbers of a resolved configuration, of this rank."""
+    def of(cls, config: Config, rank: int | None = None, mask: Mask | None = None) -> "Letters":
+        """The numbers of a resolved configuration, of this rank. mask: where documents end by tokens."""
         model, mesh = config.model, config.mesh
         dp, tp, ulysses, ring = (degree or 1 for degree in (mesh.dp, mesh.tp, mesh.ulysses, mesh.ring))
         e_w, e = BYTES[config.precision]
         at = None if rank is None else place(config, rank)
+        seen = None
+        if special(config):
+            mask = mask or mask_of(config)
+            seen = of_rank(config, mask, *((None, None) if at is None else (at["dp"], at["ring"])))
         return cls(
             B=max(1, part(config.micro_batch_size, dp, at, "dp")),
             L=config.seq_len,
@@ -117,6 +126,8 @@ class Letters:
             packed=config.ulysses.packed,
             head_chunks=config.ulysses.chunks,
             gather_kv=config.ring.kv == "all_gather",
+            needed=config.ring.kv == "needed",
+            seen=seen,
             tied=model.tie_embeddings,
             clipping=config.optim.grad_clip is not None,
             layout=config.ring.layout,
@@ -142,6 +153,11 @@ class Letters:
     def kv(self) -> Amount:
         """Bytes of a rank's keys, and of its values, copies included."""
         return self.tokens * self.rho * self.kv_heads * self.K * self.e
+
+    @property
+    def token_kv(self) -> Amount:
+        """Bytes of a token's keys, and of its values, where a rank of the ring computes."""
+        return self.rho * self.kv_heads / self.u * self.K * self.e
 
     @property
     def kv_heads(self) -> Amount:

@@ -4,9 +4,10 @@ import importlib.util
 import os
 
 from bench.workloads import data
+from conf.documents import mask_of
 from conf.files import FileFault, check_writable
 from conf.kernels import kernel_that_runs
-from conf.keys import Config
+from conf.keys import OF_A_MACHINE, Config
 from conf.meshes import PEERS
 from conf.resolve import Resolved
 from conf.words import Invalid
@@ -20,8 +21,12 @@ def check(resolved: Resolved) -> None:
     check_package(config)
     if config.model.name == "hf":
         check_checkpoint(resolved)
-    if config.workload == "step" and config.mode != "simulate":
+    if config.workload == "step" and (config.mode != "simulate" or config.documents.name == "eos"):
         data.check(config)
+    if config.documents.name == "eos":
+        note_eos(resolved)
+    elif config.workload not in OF_A_MACHINE:
+        mask_of(config)  # or a sentence about its file
     if config.launch.name == "torchrun" and config.mode == "real":
         fill_hosts(config)
     check_device(config)
@@ -29,6 +34,16 @@ def check(resolved: Resolved) -> None:
     if config.save_path is not None:
         check_save_path(config.save_path)
     pick_kernel(config)
+
+
+def note_eos(resolved: Resolved) -> None:
+    """Where the token that ends documents never comes, or comes at other places in every step."""
+    config = resolved.config
+    source, steps = data.load(config), range(config.warmup + config.steps)
+    if not any((data.samples(source, step, config)[:, :-1] == config.documents.eos).any() for step in steps):
+        resolved.notes.append(f"documents.eos={config.documents.eos} does not come in the tokens that are read")
+    else:
+        resolved.notes.append("every step has other documents; what is counted is the last step's")
 
 
 def fill_hosts(config: Config) -> None:

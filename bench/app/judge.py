@@ -153,7 +153,7 @@ def first_loss(model: ModelConfig, labels: float) -> tuple[float, float]:
 def of_counts(found: Measured) -> Iterator[str]:
     """What each rank sent and computed, against its strategy's account."""
     for rank in found.ranks:
-        for each in differences(found.config, rank.rank, map(vars, rank.comm), rank.flops):
+        for each in differences(found.config, rank.rank, map(vars, rank.comm), rank.flops, found.mask):
             yield f"rank {rank.rank}: {each}"
 
 

@@ -7,11 +7,13 @@ from datetime import UTC, datetime
 
 from analysis import UserError
 from analysis.accounts import step_bytes, step_flops
+from analysis.accounts.masked import work_max_by_mean
 from bench.app import here, judge, records
 from bench.app.job import Job
 from bench.app.records import Row
 from bench.ranks.task import Outcome, Task
 from bench.simulation.fit import longest
+from bench.workloads import data
 from conf.clock import LAUNCH_BOUND
 from conf.columns import described, measured
 from conf.keys import OF_A_MACHINE, Config, run_id
@@ -69,6 +71,7 @@ def run(job: Job, rerun: str, launcher: Launcher, rounds: list[Round] | None = N
             if config.workload in OF_A_MACHINE:
                 series = written(config.workload, found.ranks)
             else:
+                found.mask = data.mask_of_step(resolved.config)
                 put_derived(resolved, found)
                 resolved.notes += timeless(found)
             row |= {**measured(found), "reason": "; ".join(resolved.notes)}
@@ -112,8 +115,10 @@ def believed(task: Task, outcome: Outcome) -> Outcome:
 def put_derived(resolved: Resolved, found: Measured) -> None:
     """What the strategy's account says that the ranks send and compute; a note if it cannot be read."""
     try:
-        found.derived_bytes = step_bytes(resolved.config, found.busiest.rank)
-        found.derived_flops = max(step_flops(resolved.config, rank.rank) or 0 for rank in found.ranks) or None
+        config, mask = resolved.config, found.mask
+        found.derived_bytes = step_bytes(config, found.busiest.rank, mask)
+        found.derived_flops = max(step_flops(config, rank.rank, mask) or 0 for rank in found.ranks) or None
+        found.work_max_by_mean = work_max_by_mean(config, mask)
     except UserError as error:
         resolved.notes.append(str(error))
 

@@ -1,7 +1,8 @@
-"""Floating-point operations of one step on one rank: matrix products as dispatched, attention causal-exactly.
+"""Floating-point operations of one step on one rank: matrix products as dispatched, attention pair by pair.
 
-A causal mask lets S (S + 1) / 2 of the S^2 query-key pairs through, and only these are counted, whatever the kernel
-computes. A pair costs 4 K a head forward (scores and output) and 10 K backward (five products: Dao 2023, section 3.1).
+A causal mask lets S (S + 1) / 2 of the S^2 query-key pairs through, documents and windows fewer, and only these are
+counted, whatever the kernel computes. A pair costs 4 K a head forward (scores and output) and 10 K backward (five
+products: Dao 2023, section 3.1).
 Recomputation is not counted: it is the model's operations that MFU relates to the peak (Chowdhery et al. 2022).
 """
 
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import flop_registry
 from bench.instruments.instrument import Instrument
 from bench.instruments.ledger import recomputing
 from strategies.ops.kernels import Grads, Kernel
+from strategies.ops.layouts import pairs
 
 
 class FlopCounter(Instrument):
@@ -39,20 +41,19 @@ class CountedKernel:
     def __init__(self, kernel: Kernel, counter: FlopCounter) -> None:
         self.kernel, self.counter, self.name = kernel, counter, kernel.name
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-        with self.counted(4, q, k, causal):
-            return self.kernel.forward(q, k, v, causal)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *mask: bool) -> tuple[Tensor, Tensor]:
+        with self.counted(4, q, k, *mask):
+            return self.kernel.forward(q, k, v, *mask)
 
-    def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool) -> Grads:
-        with self.counted(10, q, k, causal):
-            return self.kernel.backward(grad, q, k, v, out, lse, causal)
+    def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *mask: bool) -> Grads:
+        with self.counted(10, q, k, *mask):
+            return self.kernel.backward(grad, q, k, v, out, lse, *mask)
 
     @contextmanager
-    def counted(self, flops_per_dim: int, q: Tensor, k: Tensor, causal: bool) -> Iterator[None]:
+    def counted(self, flops_per_dim: int, q: Tensor, k: Tensor, causal: bool, windowed: bool = False) -> Iterator[None]:
         batch, s_q, heads, head_dim = q.shape
-        pairs = s_q * (s_q + 1) // 2 if causal else s_q * k.shape[1]
         if not recomputing():
-            self.counter.add(flops_per_dim * batch * heads * head_dim * pairs)
+            self.counter.add(flops_per_dim * batch * heads * head_dim * pairs(s_q, k.shape[1], causal, windowed))
         self.counter.in_attention = True
         try:
             yield

@@ -46,6 +46,7 @@ def once(s: int, p: int) -> float:
 
 
 OUTPUT, INPUT = 0, 1  # the position of the tensors in the dispatched op's arguments
+PARTS = 4  # and of an exchange: how much of it each rank is sent
 KINDS = {
     "_allgather_base_": Kind("all_gather", once, OUTPUT),
     "allgather_": Kind("all_gather", once, OUTPUT),
@@ -97,7 +98,12 @@ def dispatched(func: Any, args: tuple, out: Any) -> Sending | None:
         holder = out if kind.payload == OUTPUT else args[0]
     tensors = [t for t in tree_leaves(holder) if isinstance(t, Tensor)]
     payload = sum(t.numel() * t.element_size() for t in tensors)
-    return Sending(kind.name, name_of(group), group.size(), tensors[0].dtype, payload, kind.sent(payload, group.size()))
+    sent = kind.sent(payload, group.size())
+    if op == "alltoall_base_" and (parts := args[PARTS]):  # uneven ones
+        sent = payload * (1 - parts[group.rank()] / sum(parts)) if payload else 0.0
+        if not sent:
+            return None  # it only receives: the call is others'
+    return Sending(kind.name, name_of(group), group.size(), tensors[0].dtype, payload, sent)
 
 
 def group_of(args: tuple) -> dist.ProcessGroup:

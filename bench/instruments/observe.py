@@ -17,6 +17,7 @@ from bench.instruments.step import Workload, run_step
 from conf.measurement import Entry, Peak, Predicted, Span
 from strategies.ops.hooks import every_hop, hooked
 from strategies.ops.mesh import Axis
+from strategies.ops.options import Options
 
 
 @dataclass
@@ -81,15 +82,15 @@ class Instruments(TorchDispatchMode):
             yield
 
 
-def all_hops(seen: Instruments, axis: Axis, layout: str) -> Iterable[int]:
-    return every_hop(axis, layout)
+def all_hops(seen: Instruments, axis: Axis, options: Options) -> Iterable[int]:
+    return every_hop(axis, options)
 
 
 def observe(
     training: Workload,
     batches: Iterable[Any],
     log: MemoryLog,
-    hops: Callable[[Instruments, Axis, str], Iterable[int]] = all_hops,
+    hops: Callable[[Instruments, Axis, Options], Iterable[int]] = all_hops,
     alike: int = 1,
     others: Iterable[Instrument] = (),
 ) -> Observed:
@@ -102,7 +103,7 @@ def observe(
     options = training.strategy.options
     kernel, options.kernel = options.kernel, CountedKernel(options.kernel, counter)
     seen = Instruments(log, ledger, counter, *others)
-    around = hooked(hops=lambda axis, layout: hops(seen, axis, layout))
+    around = hooked(hops=lambda axis, options: hops(seen, axis, options))
 
     def reach(part: str) -> None:
         for instrument in seen.instruments:

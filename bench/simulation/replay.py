@@ -30,6 +30,7 @@ from conf.words import Invalid
 from models import llama, offload
 from strategies.ops import ring_attention
 from strategies.ops.kernels import Grads, Kernel
+from strategies.ops.layouts import pairs
 from strategies.ops.options import Options
 
 OFFLOAD = "offload"  # the one stream that models/offload.py has for both ways
@@ -217,19 +218,21 @@ class PricedKernel:
     def __init__(self, kernel: Kernel, replay: Replay) -> None:
         self.kernel, self.replay, self.name = kernel, replay, kernel.name
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-        with self.priced("forward", q, k, causal):
-            return self.kernel.forward(q, k, v, causal)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *mask: bool) -> tuple[Tensor, Tensor]:
+        with self.priced("forward", q, k, *mask):
+            return self.kernel.forward(q, k, v, *mask)
 
-    def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool) -> Grads:
-        with self.priced("backward", q, k, causal):
-            return self.kernel.backward(grad, q, k, v, out, lse, causal)
+    def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *mask: bool) -> Grads:
+        with self.priced("backward", q, k, *mask):
+            return self.kernel.backward(grad, q, k, v, out, lse, *mask)
 
-    def priced(self, way: str, q: Tensor, k: Tensor, causal: bool) -> Any:
+    def priced(self, way: str, q: Tensor, k: Tensor, causal: bool, windowed: bool = False) -> Any:
+        """Of each edge of the mask whole tiles, half of which lie beyond it."""
         batch, queries, heads, head_dim = q.shape
         clock = self.replay.clock
-        pairs = computed(queries, clock.tile) if causal else queries * k.shape[1]
-        return self.replay.one("attention", clock.attention_us(way, batch * heads * pairs, head_dim))
+        beyond = computed(queries, clock.tile) - computed(queries, 1)
+        through = pairs(queries, k.shape[1], causal, windowed) + (causal + windowed) * beyond
+        return self.replay.one("attention", clock.attention_us(way, batch * heads * through, head_dim))
 
 
 def in_background(func: Any, args: tuple) -> bool:

@@ -21,18 +21,22 @@ from bench.instruments.observe import Instruments, Observed, all_hops, observe
 from bench.instruments.step import Workload
 from bench.simulation.fake import RememberingFakeMode
 from bench.simulation.replay import Replay
-from bench.workloads.build import build_attention, build_strategy, build_training
-from bench.workloads.training import Batch
+from bench.workloads import data
+from bench.workloads.build import build_attention, build_strategy, build_training, global_batch
+from bench.workloads.training import Batch, Training
 from conf.clock import Clock
+from conf.documents import mask_of
 from conf.keys import Config
 from conf.measurement import Entry, Peak, Predicted
-from strategies.ops.layouts import visible
+from strategies.ops.layouts import Tile, tiles_of
 from strategies.ops.mesh import Axis
+from strategies.ops.options import Options
 
 DEPTHS = 4, 5, 6  # of the two that are extrapolated and the one that they must foretell
 LATER = 12  # layers after which a step takes for one more what it took for the one before, if it does not at DEPTHS
 STEADY = 1e-3  # of a layer's time
 EDGE = 2  # blocks at either end of the model that may differ from those between, because FSDP2 prefetches
+SHORT = 8  # tokens of a rank, with which it sees the same as with more, where it sees all that come before
 BLOCK = re.compile(r"blocks\.(-?\d+)")
 SIZES = "flops", "after_forward", "host_bytes"  # of all that was observed
 NOTHING: dict[str, Any] = {"calls": 0, "payload_bytes": 0, "sent_bytes": 0.0}
@@ -68,13 +72,20 @@ def padded(config: Config) -> bool:
     return config.zero_stage < 2 and config.model.dim % config.world_size != 0
 
 
-def alike_once(seen: Instruments, axis: Axis, layout: str) -> Iterator[int]:
+def alike_once(seen: Instruments, axis: Axis, options: Options) -> Iterator[int]:
     """Hops around a ring: those that are alike run a few times only, one of them counted for the others.
 
     A hop is like the one before if it sees the same tile of the visiting block. The first two and the last of those
     that are alike always run, because what is in flight beside them differs.
     """
-    for _, group in groupby(range(axis.size), lambda hop: visible(layout, axis.rank, (axis.rank - hop) % axis.size, 4)):
+
+    def sees(hop: int) -> list[Tile]:
+        return tiles_of(axis.rank, (axis.rank - hop) % axis.size, axis.size, SHORT, options)
+
+    if not options.mask.plain or options.ring.layout == "balanced":
+        yield from range(axis.size)
+        return
+    for _, group in groupby(range(axis.size), sees):
         alike = list(group)
         yield from alike[:2]
         if between := alike[2:-1]:
@@ -89,16 +100,13 @@ def step_of(config: Config, n_layers: int) -> Observed:
     strategy = build_strategy(config)
     fake = RememberingFakeMode()
     workload: Workload
-    batch: Batch | None
+    batches: list[Any]
     if config.workload == "attention":
         with fake:
-            workload, batch = build_attention(config, strategy), None
+            workload, batches, alike = build_attention(config, strategy), [None], 1
     else:
         workload = training = build_training(config, strategy)  # on the meta device
-        tokens = torch.zeros((), dtype=torch.int64).expand(config.micro_batch_size, config.seq_len)
-        placed = training.place(tokens, tokens)
-        parts: dict[str, Any] = {p: fake.from_tensor(getattr(placed, p)) for p in ("tokens", "labels", "positions")}
-        batch = replace(placed, **parts)
+        batches, alike = batches_of(config, training, fake)
         with fake:
             training.load(lambda name, shape: torch.empty(shape)).warm()
     with fake:
@@ -106,7 +114,7 @@ def step_of(config: Config, n_layers: int) -> Observed:
     hops = all_hops if config.full_depth else alike_once
     if config.cluster is None or config.cluster.clock is None:
         tell_places(workload.model, log.reach)
-        return observe(workload, [batch], log, hops, alike=config.micro_batches)
+        return observe(workload, batches, log, hops, alike)
     clock = Clock.of(config.cluster.clock, config.cluster.name)
     replay = Replay(config, dist.get_rank() if dist.is_initialized() else 0, clock, strategy.options)
 
@@ -115,8 +123,24 @@ def step_of(config: Config, n_layers: int) -> Observed:
         replay.streams.enter(place)
 
     tell_places(workload.model, reach)
-    observed = observe(workload, [batch], log, hops, alike=config.micro_batches, others=[replay])
+    observed = observe(workload, batches, log, hops, alike, others=[replay])
     return replace(observed, predicted=replay.predicted(), spans=replay.drawn())
+
+
+def batches_of(config: Config, training: Training, fake: RememberingFakeMode) -> tuple[list[Batch], int]:
+    """This rank's micro-batches on fake tensors, and how many are like each: all, where all see the same."""
+    if config.documents.name == "eos":
+        whole, labels, mask = global_batch(data.load(config), data.last_step(config), config)
+    else:
+        whole = labels = torch.zeros((), dtype=torch.int64).expand(config.batch_size, config.seq_len)
+        mask = mask_of(config)
+    n = 1 if mask.alike else config.micro_batches
+    size = config.micro_batch_size * n
+    batches = []
+    for placed in training.micro_batches(whole[:size], labels[:size], n, mask):
+        parts: dict[str, Any] = {p: fake.from_tensor(getattr(placed, p)) for p in ("tokens", "labels", "positions")}
+        batches.append(replace(placed, **parts))
+    return batches, config.micro_batches // n
 
 
 def tell_places(model: nn.Module, reach: Callable[[str], object]) -> None:

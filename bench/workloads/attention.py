@@ -6,6 +6,7 @@ ranks together come to that, and the error is how far from it they are.
 """
 
 import os
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 
 from bench.instruments.timing import Stopwatch
 from conf.keys import ModelConfig
+from conf.mask import PLAIN, Mask
 from strategies.base import Strategy
-from strategies.ops.kernels import attend
+from strategies.ops.attention import attend
 from strategies.ops.mesh import Axis, neighbours
 
 
@@ -29,6 +31,7 @@ class AttentionAlone:
         seq_len: int,
         backward: bool = True,
         seed: int = 0,
+        mask: Mask = PLAIN,
     ) -> None:
         self.strategy, self.mesh, self.device = strategy, strategy.mesh, strategy.mesh.device
         self.model = nn.Module()  # none, for the instruments that look for its weights
@@ -40,6 +43,8 @@ class AttentionAlone:
             torch.randn(shape, device=self.device, generator=generator).to(strategy.options.compute_dtype)
             for shape in (q_shape, kv_shape, kv_shape, q_shape)
         ]  # q, k, v and the output's gradient
+        self.mask = mask  # of the whole batch
+        strategy.options.mask = mask.of(*self.mesh.dp.span(batch_size))
         q, k, v, self.grad = (self.part(whole) for whole in self.whole)
         self.qkv = [t.requires_grad_(backward) for t in (q, k, v)]
         self.shapes = {"output": q_shape, "grad of q": q_shape, "grad of k": kv_shape, "grad of v": kv_shape}
@@ -86,7 +91,7 @@ class AttentionAlone:
             q, k, v = qkv = [t.detach().requires_grad_(self.with_backward) for t in (q, k, v)]
             with self.watch.step():
                 self.watch.lap("forward")
-                out = attend(q, k, v, self.strategy.options.kernel)
+                out = attend(q, k, v, replace(self.strategy.options, mask=self.mask))
                 self.watch.lap("backward")
                 if self.with_backward:
                     out.backward(grad)

@@ -9,8 +9,10 @@ import torch
 import strategies
 from bench.workloads import data
 from bench.workloads.attention import AttentionAlone
-from bench.workloads.training import PRECISIONS, Training
+from bench.workloads.training import PRECISIONS, Batch, Training
+from conf.documents import mask_of, without_label
 from conf.keys import INITIAL_STD, Config
+from conf.mask import Mask
 from models import checkpoint
 from strategies.base import Options, Strategy
 from strategies.ops.kernels import pick_kernel
@@ -49,6 +51,7 @@ def build_attention(config: Config, strategy: Strategy) -> AttentionAlone:
         config.seq_len,
         backward=config.direction == "forward_backward",
         seed=config.seed,
+        mask=mask_of(config),
     )
 
 
@@ -59,7 +62,12 @@ def build(config: Config) -> tuple[Training | AttentionAlone, Callable[[int], li
         return build_attention(config, strategy), lambda step: [None]
     training = build_training(config, strategy).load(initial_weights(config))
     source = data.load(config)
-    return training, lambda step: training.micro_batches(*global_batch(source, step, config), config.micro_batches)
+
+    def batches_of(step: int) -> list[Batch]:
+        tokens, labels, mask = global_batch(source, step, config)
+        return training.micro_batches(tokens, labels, config.micro_batches, mask)
+
+    return training, batches_of
 
 
 def initial_weights(config: Config) -> Callable[[str, torch.Size], torch.Tensor]:
@@ -78,11 +86,11 @@ def initial(name: str, shape: torch.Size, seed: int, device: str) -> torch.Tenso
     return torch.empty(shape, device=device).normal_(0, INITIAL_STD, generator=generator)
 
 
-def global_batch(
-    source: data.RandomTokens | data.StoredTokens, step: int, config: Config
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and labels [B, S] of one step, the same on every rank."""
-    first = step * config.batch_size
-    rows = [source.sample(first + b, config.seq_len) for b in range(config.batch_size)]
-    samples = torch.stack([torch.from_numpy(row) for row in rows])
-    return samples[:, :-1].clamp(min=0), samples[:, 1:]
+def global_batch(source: data.Source, step: int, config: Config) -> tuple[torch.Tensor, torch.Tensor, Mask]:
+    """Inputs and labels [B, S] of one step, and which tokens see each other, the same on every rank."""
+    samples = data.samples(source, step, config)
+    tokens, labels = samples[:, :-1], samples[:, 1:].copy()
+    mask = mask_of(config, tokens)
+    if config.documents.name != "none":
+        labels[without_label(config, mask, tokens)] = data.IGNORED
+    return torch.from_numpy(tokens).clamp(min=0), torch.from_numpy(labels), mask

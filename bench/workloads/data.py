@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 from numpy.lib import format as npy
 
+from conf.documents import mask_of
 from conf.files import FileFault, size_of, status
 from conf.keys import Config
+from conf.mask import Mask
 from conf.words import Invalid
 
 IGNORED = -100  # a token that is not to be learnt: not counted as a label, read as token 0 as an input
@@ -80,12 +82,32 @@ class StoredTokens:
         return found
 
 
+Source = RandomTokens | StoredTokens
+
+
+def samples(source: Source, step: int, config: Config) -> np.ndarray:
+    """[B, S + 1]: of one step."""
+    first = step * config.batch_size
+    return np.stack([source.sample(first + b, config.seq_len) for b in range(config.batch_size)])
+
+
+def last_step(config: Config) -> int:
+    """The one that is counted: where documents end by tokens, each step has others."""
+    return config.warmup + config.steps - 1
+
+
+def mask_of_step(config: Config) -> Mask:
+    """Which tokens see each other in the step that is counted."""
+    by_tokens = config.documents.name == "eos"
+    return mask_of(config, samples(load(config), last_step(config), config)[:, :-1] if by_tokens else None)
+
+
 def needed(config: Config) -> int:
     """How many tokens a run reads."""
     return (config.warmup + config.steps) * config.batch_size * config.seq_len + 1
 
 
-def load(config: Config) -> RandomTokens | StoredTokens:
+def load(config: Config) -> Source:
     """The source that the configuration names. Raises Invalid."""
     if config.data.name == "random":
         return RandomTokens(config.model.vocab_size, config.seed)

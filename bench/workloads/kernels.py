@@ -21,7 +21,7 @@ from conf.measurement import Timed, Work
 from conf.series import moved
 from models.llama import RMSNorm, Rotary, SwiGLU, rope_tables
 from strategies.base import Strategy
-from strategies.ops.ring_attention import accumulator, merge
+from strategies.ops.kernels import accumulator, merge
 
 LENGTHS = 6  # of tokens, each half of the one before
 CALLS = 200  # of a tiny operation, timed together: fewer than a GPU's queue has room for

@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from conf.keys import ModelConfig, OptimConfig
+from conf.mask import PLAIN, Mask
 from models.llama import POINTWISE, Llama
 from strategies.base import Strategy
 from strategies.ops.vocab import IGNORED
@@ -31,11 +33,12 @@ PRECISIONS = {  # of the weights that the optimizer updates, and of the activati
 
 @dataclass
 class Batch:
-    """What one rank sees of a global batch. tokens, labels [B_dp, S_local]; positions [S_local]."""
+    """What one rank sees of a global batch. tokens, labels [B_dp, S_local]; positions [B_dp or 1, S_local]."""
 
     tokens: Tensor
     labels: Tensor
-    positions: Tensor
+    positions: Tensor  # within their documents
+    mask: Mask  # of its sequences
     n_valid: int  # labels that count in the global batch
     n_own: int = 0  # of these, how many are here
 
@@ -88,26 +91,30 @@ class Training:
         materialize(self.model, self.device, lambda name: whole(name, self.shapes[name]))
         return self
 
-    def micro_batches(self, tokens: Tensor, labels: Tensor, n: int) -> list[Batch]:
+    def micro_batches(self, tokens: Tensor, labels: Tensor, n: int, mask: Mask = PLAIN) -> list[Batch]:
         """This rank's part of each of n equal parts of a global batch, tokens and labels [B, S]."""
-        n_valid = int((labels != IGNORED).sum())
-        return [self.place(*part, n_valid) for part in zip(tokens.chunk(n), labels.chunk(n), strict=True)]
+        n_valid, size = int((labels != IGNORED).sum()), len(tokens) // n
+        parts = zip(tokens.chunk(n), labels.chunk(n), strict=True)
+        return [self.place(*part, n_valid, mask.of(i * size, (i + 1) * size)) for i, part in enumerate(parts)]
 
-    def place(self, tokens: Tensor, labels: Tensor, n_valid: int | None = None) -> Batch:
+    def place(self, tokens: Tensor, labels: Tensor, n_valid: int | None = None, mask: Mask = PLAIN) -> Batch:
         """This rank's part of whole sequences, tokens and labels [B, S]: a global batch, or one with n_valid labels."""
         n_valid = int((labels != IGNORED).sum()) if n_valid is None else n_valid
-        positions = torch.arange(tokens.shape[1])[None]
+        whole = np.arange(tokens.shape[1])
         start, stop = self.mesh.dp.span(len(tokens))
-        tokens, labels = tokens[start:stop], labels[start:stop]
+        tokens, labels, mask = tokens[start:stop], labels[start:stop], mask.of(start, max(stop, start + 1))
+        positions = torch.from_numpy(whole - mask.begin(whole))
         if start == stop:  # fewer sequences than dp ranks: take part in the collectives with one that counts nothing
             tokens, labels = torch.zeros_like(positions), torch.full_like(positions, IGNORED)
+        self.strategy.options.mask = mask
         tokens, labels, positions = (self.strategy.split(t) for t in (tokens, labels, positions))
         n_own = int((labels != IGNORED).sum())
-        tokens, labels, positions = (t.to(self.device) for t in (tokens, labels, positions))
-        return Batch(tokens.contiguous(), labels.contiguous(), positions[0], max(1, n_valid), n_own)
+        tokens, labels, positions = (t.to(self.device).contiguous() for t in (tokens, labels, positions))
+        return Batch(tokens, labels, positions, mask, max(1, n_valid), n_own)
 
     def forward(self, batch: Batch) -> Tensor:
         """This rank's share of the loss: the shares of the ranks along the zero axis add up to it."""
+        self.strategy.options.mask = batch.mask
         return self.model(batch.tokens, batch.labels, batch.positions) / batch.n_valid
 
     def backward(self, loss: Tensor, last: bool = True) -> None:

@@ -92,6 +92,14 @@ def shift(x: Tensor, axis: Axis) -> Pending:
     return Pending(dist.batch_isend_irecv(hop), (arrived, x), lambda arrived, _: arrived)
 
 
+def exchange(x: Tensor, leaves: list[int], arrives: list[int], axis: Axis) -> Pending:
+    """x [sum(leaves), ..], so many of it to each rank along the axis -> Pending of [sum(arrives), ..]."""
+    x = x.contiguous()
+    arrived = x.new_empty(sum(arrives), *x.shape[1:])
+    work = dist.all_to_all_single(arrived, x, arrives, leaves, axis.group, async_op=True)
+    return Pending([work], (arrived, x), lambda arrived, _: arrived)
+
+
 # The verbs, with autograd.
 
 

@@ -8,6 +8,7 @@ hops         the simulator: which hops around a ring are run, where one can be c
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 
@@ -28,7 +29,7 @@ def nobody_listens(meaning: Meaning) -> AbstractContextManager:
     return nullcontext()
 
 
-def every_hop(axis: Axis, layout: str) -> Iterable[int]:
+def every_hop(axis: Axis, options: Any) -> Iterable[int]:
     return range(axis.size)
 
 
@@ -36,7 +37,7 @@ def every_hop(axis: Axis, layout: str) -> Iterable[int]:
 class Hooks:
     announce: Callable[[Meaning], AbstractContextManager] = nobody_listens
     backend_of: Callable[[dist.ProcessGroup], str] = dist.get_backend
-    hops: Callable[[Axis, str], Iterable[int]] = every_hop
+    hops: Callable[[Axis, Any], Iterable[int]] = every_hop
 
 
 hooks = Hooks()

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 import torch
 
 from conf.keys import Config, RingConfig, UlyssesConfig
+from conf.mask import PLAIN, Mask
 from strategies.ops.kernels import Kernel
 
 
@@ -16,6 +17,7 @@ class Options:
     compute_dtype: torch.dtype = torch.float32
     zero_stage: int = 3
     grad_dtype: str | None = None  # of weights that have masters in fp32: fp32, or the same as the activations
+    mask: Mask = PLAIN  # which keys a token sees, in the batch that is here
     ring: RingConfig = field(default_factory=RingConfig)
     ulysses: UlyssesConfig = field(default_factory=UlyssesConfig)
 

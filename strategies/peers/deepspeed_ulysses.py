@@ -5,7 +5,7 @@ import os
 from torch import Tensor
 
 from strategies.base import Options
-from strategies.ops.kernels import attend
+from strategies.ops.attention import attend
 from strategies.ops.mesh import Mesh
 from strategies.ulysses import HEADS, SEQUENCE, Ulysses
 
@@ -22,7 +22,7 @@ class DeepspeedUlysses(Ulysses):
         self.theirs = DistributedAttention(self.local_attention, self.ulysses.group, HEADS, SEQUENCE)
 
     def local_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(q, k, v, self.options.kernel)
+        return attend(q, k, v, self.options)
 
     def core_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.theirs(q, k, v, batch_dim_idx=0)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from strategies.base import Options
-from strategies.ops.kernels import attend
+from strategies.ops.attention import attend
 
 
 def provide_flash_attn(options: Options) -> None:
@@ -26,7 +26,7 @@ def provide_flash_attn(options: Options) -> None:
             theirs.copy_(computed)
 
     def whole(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
-        return attend(q, k, v, options.kernel)
+        return attend(q, k, v, options)
 
     interface = ModuleType("flash_attn.flash_attn_interface")
     interface._flash_attn_forward, interface._flash_attn_backward = forward, backward

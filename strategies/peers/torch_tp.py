@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from strategies.ops.kernels import attend
+from strategies.ops.attention import attend
 from strategies.ops.vocab import IGNORED
 from strategies.peers.averaged import Summed
 from strategies.peers.fsdp2 import fully_shard_blocks
@@ -47,7 +47,7 @@ class TorchTP(TPSP):
 
     def attention(self, attn: nn.Module, x: DTensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         qkv = attn.project(x.redistribute(placements=[Replicate()]))  # [B, S_tp, D] -> [B, S, .._tp]
-        out = attend(*attn.heads(qkv, rope), self.options.kernel)
+        out = attend(*attn.heads(qkv, rope), self.options)
         return attn.output(out)  # -> [B, S_tp, D]
 
     def mlp(self, mlp: nn.Module, x: DTensor) -> Tensor:
