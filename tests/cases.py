@@ -1,10 +1,14 @@
 """The one table of strategies and meshes that every test goes through: a new mesh is tested by being listed here."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+from conf.documents import packed
 from conf.keys import (
+    AttentionConfig,
     Config,
+    DocumentsConfig,
     LossConfig,
     MeshConfig,
     MlpConfig,
@@ -14,8 +18,10 @@ from conf.keys import (
     UlyssesConfig,
     keys,
 )
+from conf.mask import PLAIN, Mask
 
-LAYOUTS = keys()["ring.layout"].choices
+LAYOUTS, KV = keys()["ring.layout"].choices, keys()["ring.kv"].choices
+DOCUMENTS = str(Path(__file__).parent / "documents.txt")  # of 1 token, a rank's part, more than that, a whole sequence
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,14 @@ class Case:
     micro_batches: int = 1
     mlp_chunks: int = 1
     loss_chunks: int = 1
+    documents: bool = False
+    window: int | None = None
+
+    def mask(self, batch_size: int, seq_len: int) -> Mask:
+        """Which tokens see each other, in sequences of a multiple of 32 tokens."""
+        if self.documents:
+            return packed("lengths", DOCUMENTS, batch_size, seq_len, 0, self.window)
+        return PLAIN if self.window is None else Mask(window=self.window)
 
     @property
     def options(self) -> dict:
@@ -81,6 +95,8 @@ class Case:
         micro = f"micro batches {self.micro_batches}" if self.micro_batches > 1 else ""
         variant = (*variant, micro, self.recompute.removeprefix("none"), chunks)
         variant = (*variant, "offload" if self.offload != "none" else "")
+        window = f"window {self.window}" if self.window is not None else ""
+        variant = (*variant, "documents" if self.documents else "", window)
         inner = self.placement.removeprefix("ulysses_inner")
         return " ".join(part for part in (self.strategy, axes, layout, stage, *variant, inner) if part)
 
@@ -140,6 +156,27 @@ MICRO = [  # a batch in parts, one after the other
     Case("ring", ring=4, micro_batches=2, recompute="block", offload="activations"),
 ]
 
+NEEDED = [  # around a ring, or in every sequence, nothing but what a mask lets through
+    *(Case("ring", ring=n, layout=layout, kv="needed") for n in (2, 4, 8) for layout in LAYOUTS),
+    *(Case("usp", ulysses=2, ring=n, layout="balanced", kv="needed") for n in (2, 4)),
+    Case("odysseus", tp=2, ring=2, kv="needed", recompute="block"),
+    Case("tp_usp", tp=2, ring=2, kv="needed", head_chunks=2),
+    Case("ring", dp=2, ring=2, layout="contiguous", kv="needed", zero_stage=1),
+]
+MASKS = [{"documents": True}, {"documents": True, "window": 5}, {"window": 1}, {"window": 40}]
+MASKED = [  # the same with documents and windows
+    *(replace(case, documents=True) for case in NEEDED if case.world_size == 4),
+    *(Case("ring", ring=4, layout=layout, kv=kv, documents=True, window=7) for layout in LAYOUTS for kv in KV),
+    *(Case("ring", ring=4, layout=layout, kv="needed", window=21) for layout in LAYOUTS),
+    Case("zero", dp=4, documents=True),
+    Case("tp", tp=4, documents=True),
+    Case("tp_sp", dp=2, tp=2, documents=True, window=9),
+    Case("ulysses", ulysses=4, documents=True, head_chunks=2, packed=True),
+    Case("usp", ulysses=2, ring=2, documents=True, recompute="selective", zero_stage=2),
+    Case("ring", dp=2, ring=2, layout="balanced", documents=True, micro_batches=2),
+    Case("ring", ring=4, layout="contiguous", kv="needed", documents=True, micro_batches=2, recompute="block"),
+]
+
 CASES = [Case("single"), *cases(2), *cases(4), *cases(8)]
 HEADS = {"mha": 8, "gqa": 4, "few_kv": 2}  # n_kv_heads of 8 heads; few_kv: fewer than most degrees
 
@@ -170,6 +207,8 @@ def config_of(
         model=sized(**sizes),
         mlp=MlpConfig(case.mlp_chunks),
         loss=LossConfig(case.loss_chunks),
+        documents=DocumentsConfig("lengths", path=DOCUMENTS) if case.documents else DocumentsConfig(),
+        attention=AttentionConfig(window=case.window),
         mode="simulate",
         full_depth=full_depth,
         placement=case.placement,

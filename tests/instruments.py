@@ -29,7 +29,8 @@ def build(case: Case, sizes: dict, batch: int, seq_len: int, dtype: str = "fp32"
         **case.model,
     ).load(lambda name, shape: initial(name, shape, 0, "cpu"))
     tokens = torch.randint(0, config.vocab_size, (batch, seq_len + 1), generator=torch.Generator().manual_seed(0))
-    return training, training.micro_batches(tokens[:, :-1], tokens[:, 1:], case.micro_batches)
+    mask = case.mask(batch, seq_len)
+    return training, training.micro_batches(tokens[:, :-1], tokens[:, 1:], case.micro_batches, mask)
 
 
 def train(*args, **options) -> tuple[Training, object]:

@@ -10,6 +10,7 @@ import strategies
 from bench.workloads.training import PRECISIONS, Batch, Training
 from conf.huggingface import read_config
 from conf.keys import OptimConfig
+from conf.mask import PLAIN, Mask
 from models.checkpoint import Checkpoint, their_name
 from strategies import base, tp, tp_sp
 from strategies.base import Options
@@ -72,18 +73,31 @@ class Result:
     grads: dict[str, Tensor] = field(default_factory=dict)
 
 
-def hugging_face(folder: str, tokens: Tensor, labels: Tensor, dtype=torch.float32) -> Result:
+def hugging_face(folder: str, tokens: Tensor, labels: Tensor, dtype=torch.float32, mask: Mask = PLAIN) -> Result:
     """Loss = sum of token losses / valid tokens, on transformers' model."""
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
-    logits = model(tokens).logits
+    logits = model(tokens, **in_their_words(mask, *tokens.shape, dtype)).logits
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
     loss = loss / (labels != -100).sum()
     loss.backward()
     ours = {their_name(name): name for name in names(folder)}
     grads = {ours[name]: p.grad for name, p in model.named_parameters() if name in ours}
     return Result(loss.item(), logits.detach(), grads)
+
+
+def in_their_words(mask: Mask, batch_size: int, seq_len: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """position_ids [B, S] that restart and an additive attention_mask [B, 1, S, S], block-diagonal and banded."""
+    if mask.plain:
+        return {}
+    tokens = torch.arange(seq_len)
+    begin = torch.from_numpy(mask.begin(tokens.numpy())).expand(batch_size, -1)
+    far = seq_len if mask.window is None else mask.window
+    query, key = tokens[:, None], tokens[None]
+    sees = (key <= query) & (key > query - far) & (begin[:, :, None] == begin[:, None, :])
+    hidden = torch.zeros(sees.shape, dtype=dtype).masked_fill(~sees, torch.finfo(dtype).min)
+    return {"position_ids": tokens - begin, "attention_mask": hidden[:, None]}
 
 
 def names(folder: str) -> list[str]:
@@ -109,9 +123,9 @@ def build(
     ).load(lambda name, _: checkpoint.tensor(name))
 
 
-def run_case(training: Training, tokens: Tensor, labels: Tensor) -> Result | None:
+def run_case(training: Training, tokens: Tensor, labels: Tensor, mask: Mask = PLAIN) -> Result | None:
     """Forward and backward on this rank; rank 0 returns the whole result."""
-    batch = training.place(tokens, labels)
+    batch = training.place(tokens, labels, mask=mask)
     with recorded_logits() as recorded:
         loss = training.forward(batch)
     training.backward(loss)
@@ -182,7 +196,8 @@ def whole_logits(training: Training, batch: Batch, recorded: list[Tensor], shape
     rows = slice(*training.mesh.dp.span(shape[0]))
     columns = slice(*training.mesh.tp.span(vocab_size))
     if rows.start < rows.stop:
-        whole[rows, batch.positions, columns] = mine
+        positions = training.strategy.split(torch.arange(shape[1])[None])[0]
+        whole[rows, positions, columns] = mine
     return whole
 
 

@@ -1,7 +1,9 @@
 """The kernels, the merge of partial softmaxes and the layouts, against plain softmax in fp64."""
 
+import itertools
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,13 +11,12 @@ from hypothesis import strategies as st
 
 import strategies
 from conf.keys import RingConfig, UlyssesConfig
+from conf.mask import Mask, begins
 from strategies.base import Options
 from strategies.ops import collectives
 from strategies.ops.collectives import Flight
-from strategies.ops.kernels import Math, SdpaCpu, pick_kernel
-from strategies.ops.layouts import ring_split, visible
-from strategies.ops.mesh import Axis
-from strategies.ops.ring_attention import merge
+from strategies.ops.kernels import Math, SdpaCpu, merge, pick_kernel
+from strategies.ops.layouts import pairs, positions, ring_split, seen_keys, tiles_of
 from tests.cases import LAYOUTS
 from tests.ranks import on_ranks, standing_for
 from tests.reference import distance
@@ -86,36 +87,99 @@ def test_blocks_merge_to_the_whole(kernel, seq_len, pieces, scale):
         assert distance(got, want.grad) < 2e-5 * scale
 
 
-@given(layout=st.sampled_from(LAYOUTS), size=st.integers(1, 6), chunk=st.integers(1, 4))
-def test_layouts_see_exactly_what_the_causal_mask_lets_through(layout, size, chunk):
-    local = 2 * chunk
-    positions = [ring_split(torch.arange(local * size)[None], 1, layout, Axis("ring", size, r))[0] for r in range(size)]
-    assert torch.cat(positions).sort()[0].tolist() == list(range(local * size))
-    for rank in range(size):
-        for source in range(size):
-            seen = torch.zeros(local, local, dtype=torch.bool)
-            if (tile := visible(layout, rank, source, local)) is not None:
-                part = seen[tile.q, tile.kv]
-                part |= torch.ones_like(part).tril() if tile.causal else True
-            allowed = positions[rank][:, None] >= positions[source][None]
-            assert torch.equal(seen, allowed), f"{layout}: rank {rank} of {size}, source {source}"
+@pytest.mark.parametrize("kernel", [Math(), SdpaCpu()], ids=lambda kernel: kernel.name)
+@settings(max_examples=40, deadline=None)
+@given(queries=st.integers(1, 150), more=st.integers(0, 150), causal=st.booleans(), windowed=st.booleans())
+def test_kernel_on_a_tile(kernel, queries, more, causal, windowed):
+    """Of fewer queries than keys, whose first or last key moves on with the query: against its mask in fp64."""
+    q, k, v, grad = inputs(2, queries + more, (4, 2), 8)
+    q, grad = q[:, :queries], grad[:, :queries]
+    place = torch.arange(queries + more) - torch.arange(queries)[:, None]
+    mask = ((place >= 0) | (not windowed)) & ((place <= more) | (not causal))
+    assert int(mask.sum()) == pairs(queries, queries + more, causal, windowed)
+    exact = [t.double().requires_grad_() for t in (q, k, v)]
+    out, lse = plain_attention(*exact, mask)
+    out.backward(grad.double())
+    ours, our_lse = kernel.forward(q, k, v, causal, windowed)
+    assert distance(ours, out.detach()) < 2e-6
+    torch.testing.assert_close(our_lse.double(), lse.detach(), atol=1e-5, rtol=1e-5)
+    for got, want in zip(kernel.backward(grad, q, k, v, ours, our_lse, causal, windowed), exact, strict=True):
+        assert distance(got, want.grad) < 5e-6 or want.grad.norm() < 1e-6
+
+
+@st.composite
+def rings(draw) -> tuple[int, int, Options]:
+    """How many ranks, how many tokens of each, and a layout and a mask that these can have."""
+    size, local = draw(st.integers(1, 5)), 2 * draw(st.integers(1, 6))
+    layout, chunk = draw(st.sampled_from(LAYOUTS)), draw(st.sampled_from([1, 2, local]))
+    of_length = st.lists(st.integers(1, size * local), min_size=size * local, max_size=size * local)
+    documents = draw(st.none() | st.lists(of_length, min_size=1, max_size=2))
+    begin = None
+    if documents is not None:
+        begin = begins([cut(lengths, size * local) for lengths in documents])
+    window = draw(st.none() | st.integers(1, size * local + 2))
+    return size, local, Options(SdpaCpu(), mask=Mask(begin, window), ring=RingConfig(layout, chunk=chunk))
+
+
+def cut(lengths: list[int], seq_len: int) -> list[int]:
+    """As many as fill a sequence, the last one shorter."""
+    before = np.cumsum([0, *lengths[:-1]])
+    return [int(min(length, seq_len - start)) for length, start in zip(lengths, before, strict=True) if start < seq_len]
+
+
+@settings(deadline=None)
+@given(rings())
+def test_tiles_are_what_the_mask_lets_through_each_pair_once(ring):
+    size, local, options = ring
+    at = [positions(rank, size, size * local, options) for rank in range(size)]
+    assert sorted(np.concatenate(at)) == list(range(size * local))
+    first = options.mask.first(np.arange(size * local))
+    seen = np.zeros((len(first), size * local, size * local), int)
+    for rank, source in itertools.product(range(size), repeat=2):
+        for tile in tiles_of(rank, source, size, local, options):
+            queries, keys = at[rank][tile.q], at[source][tile.kv]
+            place = np.arange(len(keys)) - np.arange(len(queries))[:, None]
+            through = (place >= 0) | (not tile.windowed)
+            through &= (place <= len(keys) - len(queries)) | (not tile.causal)
+            for row in range(len(first))[tile.rows]:
+                seen[row][np.ix_(queries, keys)] += through
+    query, key = np.arange(size * local)[:, None], np.arange(size * local)
+    assert (seen == ((key <= query) & (key >= first[..., None]))).all()
+
+
+@settings(deadline=None)
+@given(rings())
+def test_the_keys_that_are_needed_are_those_that_are_seen(ring):
+    size, local, options = ring
+    first = options.mask.first(np.arange(size * local))
+    at = [positions(rank, size, size * local, options) for rank in range(size)]
+    for rank, source in itertools.permutations(range(size), 2):
+        needed = np.zeros((len(first), local), int)
+        for rows, keys in seen_keys(rank, source, size, local, options):
+            needed[rows, keys] += 1
+        seen = (at[source] <= at[rank][:, None]) & (at[source] >= first[:, at[rank]][..., None])
+        assert (needed == seen.any(1)).all()
+
+
+def test_a_whole_sequence_is_in_few_tiles():
+    """Under the causal mask each layout needs one call of a kernel for a visiting block, and none if it is hidden."""
+    for layout, tiles in {"contiguous": [1, 1, 1, 0], "zigzag": [1, 1, 1, 1], "striped": [1, 1, 1, 1]}.items():
+        options = Options(None, ring=RingConfig(layout))
+        assert [len(tiles_of(2, source, 4, 8, options)) for source in (2, 1, 0, 3)] == tiles
 
 
 @given(size=st.integers(2, 6), chunk=st.integers(1, 4))
 def test_zigzag_and_striped_balance_the_work(size, chunk):
     local = 2 * chunk
 
-    def pairs(layout: str, rank: int) -> int:
-        seen = torch.ones(local, local)
-        total = 0
-        for source in range(size):
-            if (tile := visible(layout, rank, source, local)) is not None:
-                part = seen[tile.q, tile.kv]
-                total += int((part.tril() if tile.causal else part).sum())
-        return total
+    def work(layout: str, rank: int) -> int:
+        options = Options(None, ring=RingConfig(layout))
+        tiles = [tile for source in range(size) for tile in tiles_of(rank, source, size, local, options)]
+        lengths = [(t.q.stop - t.q.start, t.kv.stop - t.kv.start, t.causal, t.windowed) for t in tiles]
+        return sum(pairs(*each) for each in lengths)
 
     zigzag, striped, contiguous = (
-        {pairs(layout, rank) for rank in range(size)} for layout in ("zigzag", "striped", "contiguous")
+        {work(layout, rank) for rank in range(size)} for layout in ("zigzag", "striped", "contiguous")
     )
     assert len(zigzag) == 1
     assert max(striped) - min(striped) <= local * size  # a diagonal a block
@@ -137,11 +201,12 @@ def ring_error(rank: int, layout: str, size: int) -> tuple[float, list[float]] |
     mask = torch.ones(8 * size, 8 * size, dtype=torch.bool).tril()
     out, _ = plain_attention(*exact, mask)
     out.backward(whole[3])
-    mine = [ring_split(t.float(), 1, layout, axis) for t in whole]
+    options = Options(SdpaCpu(), ring=RingConfig(layout))
+    mine = [ring_split(t.float(), axis, options) for t in whole]
     leaves = [t.clone().requires_grad_() for t in mine[:3]]
-    ours = ring_attention(*leaves, axis, Options(SdpaCpu(), ring=RingConfig(layout)))
+    ours = ring_attention(*leaves, axis, options)
     ours.backward(mine[3])
-    want = [ring_split(t, 1, layout, axis) for t in (out.detach(), *(t.grad for t in exact))]
+    want = [ring_split(t, axis, options) for t in (out.detach(), *(t.grad for t in exact))]
     got = [ours.detach(), *(t.grad for t in leaves)]
     errors = torch.tensor([distance(g, w) for g, w in zip(got, want, strict=True)])
     dist.all_reduce(errors, dist.ReduceOp.MAX)

@@ -11,8 +11,7 @@ from bench.instruments.step import run_step
 from bench.workloads.build import build
 from conf.clock import KERNELS
 from conf.series import read
-from strategies.ops.kernels import Math, pick_kernel
-from strategies.ops.ring_attention import merge
+from strategies.ops.kernels import Math, merge, pick_kernel
 from tests.jobs import job
 from tests.ranks import standing_for
 from tests.reference import distance

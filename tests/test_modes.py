@@ -7,7 +7,7 @@ from bench.instruments.observe import Observed
 from bench.ranks.unlike import unlike_ranks
 from bench.simulation.simulate import simulate
 from tests import instruments
-from tests.cases import MICRO, Case, cases, config_of
+from tests.cases import MASKED, MICRO, Case, cases, config_of
 from tests.ranks import on_ranks, standing_for
 
 MODEL = {"dim": 64, "n_heads": 8, "n_kv_heads": 4, "ffn_dim": 96, "vocab_size": 64}
@@ -51,7 +51,9 @@ def lines(observed: Observed) -> list[str]:
     return sorted(str(entry) for entry in observed.comm)
 
 
-@pytest.mark.parametrize("case", [*cases(4), *MICRO, *(case for case in cases(8) if case.layout == "zigzag")], ids=str)
+@pytest.mark.parametrize(
+    "case", [*cases(4), *MICRO, *MASKED, *(case for case in cases(8) if case.layout == "zigzag")], ids=str
+)
 def test_the_three_modes_agree(case: Case):
     """Line by line of comm.csv and to the FLOP, on every rank; peaks within 1 %."""
     truth = on_ranks(case.world_size, real, case)

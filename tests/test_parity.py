@@ -5,16 +5,19 @@ Loss is not enough: averaged instead of summed gradients leave the first loss un
 
 import functools
 from collections import Counter
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 import strategies
 from bench.workloads.attention import AttentionAlone
+from conf.mask import Mask
 from strategies.base import Options
 from strategies.ops.kernels import pick_kernel
 from tests import instruments, reference
-from tests.cases import CASES, HEADS, Case, cases, sized
+from tests.cases import CASES, HEADS, MASKED, MASKS, NEEDED, Case, cases, sized
 from tests.ranks import on_ranks
 
 CLOSE = 1e-5
@@ -25,8 +28,8 @@ def run_all_heads(rank: int, case: Case, folders: dict[str, str], batches: dict)
     results = {}
     for heads, folder in folders.items():
         training = reference.build(case, folder)
-        for key, (tokens, labels) in batches.items():
-            results[heads, key] = reference.run_case(training, tokens, labels)
+        for key, batch in batches.items():
+            results[heads, key] = reference.run_case(training, *batch)
             training.zero_grads()
     return results
 
@@ -38,6 +41,42 @@ def judge(folder: str, batch_size: int, silent: tuple[int, ...] | None) -> refer
 
 def batch_of(batch_size: int, silent: tuple[int, ...] | None) -> tuple[torch.Tensor, torch.Tensor]:
     return reference.make_batch(batch_size, 67, None if silent is None else torch.tensor(silent))
+
+
+def packed_batch(mask: Mask) -> tuple[torch.Tensor, torch.Tensor, Mask]:
+    """Three sequences of documents, whose last tokens have no label."""
+    tokens, labels = reference.make_batch(3, 67, None)
+    begin = torch.from_numpy(mask.begin(np.arange(reference.SEQ_LEN))).expand(len(tokens), -1)
+    labels[:, :-1][begin[:, 1:] != begin[:, :-1]] = -100
+    return tokens, labels, mask
+
+
+@pytest.mark.parametrize("case", [*CASES, *NEEDED], ids=str)
+def test_documents_and_windows_are_the_unsharded_model_under_their_mask(case: Case, checkpoints):
+    folder = checkpoints["gqa"] if case.fits(HEADS["gqa"]) else checkpoints["mha"]
+    masks = [replace(case, **mask).mask(3, reference.SEQ_LEN) for mask in MASKS]
+    batches = {n: packed_batch(mask) for n, mask in enumerate(masks)}
+    if case.world_size == 1:
+        results = run_all_heads(0, case, {"": folder}, batches)
+    else:
+        results = on_ranks(case.world_size, run_all_heads, case, {"": folder}, batches)[0]
+    for n, mask in enumerate(MASKS):
+        for whose, truth in (("transformers", their_packed(folder, n)), ("one process", single_packed(folder, n))):
+            reference.assert_equal(results["", n], truth, CLOSE, f"{case}, {mask}, against {whose}")
+
+
+@functools.cache
+def their_packed(folder: str, n: int) -> reference.Result:
+    tokens, labels, mask = packed_batch(Case("single", **MASKS[n]).mask(3, reference.SEQ_LEN))
+    return reference.hugging_face(folder, tokens, labels, mask=mask)
+
+
+@functools.cache
+def single_packed(folder: str, n: int) -> reference.Result:
+    return reference.run_case(
+        reference.build(Case("single"), folder, kernel="math"),
+        *packed_batch(Case("single", **MASKS[n]).mask(3, reference.SEQ_LEN)),
+    )
 
 
 @functools.cache
@@ -69,9 +108,9 @@ def attention_alone(rank: int, case: Case, n_kv_heads: int) -> dict[str, float]:
     def alone(case: Case) -> AttentionAlone:
         options = Options(pick_kernel("auto", "cpu", torch.float32, sizes.head_dim), **case.options)
         strategy = strategies.build(case.strategy, case.degrees, options, placement=case.placement)
-        return AttentionAlone(sizes, strategy, 2, 32)
+        return AttentionAlone(sizes, strategy, 2, 32, mask=case.mask(2, 32))
 
-    ours, whole = alone(case), alone(Case("single"))
+    ours, whole = alone(case), alone(Case("single", documents=case.documents, window=case.window))
     outs = [run.forward() for run in (ours, whole)]
     for run, out in zip((ours, whole), outs, strict=True):
         run.backward(out)
@@ -83,7 +122,7 @@ def attention_alone(rank: int, case: Case, n_kv_heads: int) -> dict[str, float]:
     return {name: reference.distance(mine, ours.part(theirs)) for name, (mine, theirs) in pairs.items()}
 
 
-ALONE = [case for case in cases(4) if case.dp < 4 and case.zero_stage == 3 and case.model == Case("").model]
+ALONE = [case for case in [*cases(4), *MASKED] if case.dp < 4 and case.zero_stage == 3 and case.model == Case("").model]
 
 
 @pytest.mark.slow

@@ -2,7 +2,14 @@
 
 import math
 
+import numpy as np
+
+from analysis.accounts.masked import seen, special
+from bench.workloads.data import mask_of_step
 from conf.keys import PLACEMENTS, Config
+from conf.meshes import place
+
+FEW = 8  # ranks with different tokens
 
 
 def turns(config: Config) -> list[list[int]]:
@@ -24,6 +31,8 @@ def unlike_ranks(config: Config) -> list[int]:
     (Axis.span); but where ZeRO's shards are uneven, it is the first that has it.
     """
     mesh, model = vars(config.mesh), config.model
+    if special(config):
+        return busiest_ranks(config)
     last = {
         "dp": config.micro_batch_size > mesh["dp"] and config.micro_batch_size % mesh["dp"] > 0,
         "ring": True,
@@ -37,3 +46,23 @@ def unlike_ranks(config: Config) -> list[int]:
     rows |= {n_heads * (model.head_dim or 1) for n_heads in (model.n_heads, model.n_kv_heads)}
     uneven_zero = any(size % math.prod(mesh.values()) for size in rows)
     return sorted({0, rank}) if uneven_zero else [rank]
+
+
+def busiest_ranks(config: Config) -> list[int]:
+    """Where a mask decides: of dp x ring, those that compute most, send most keys and need most of others'.
+
+    Where they are few, all of them: how much a rank holds depends on how its tiles lie. Of the others' axes the first
+    ranks and the last, as above: their shards of heads and weights may differ.
+    """
+    mask, dp = mask_of_step(config), config.mesh.dp or 1
+    places: dict[tuple[int, int], list[int]] = {}
+    for rank in range(config.world_size):
+        at = place(config, rank)
+        places.setdefault((at["dp"], at["ring"]), []).append(rank)
+    found = set(places)
+    if len(places) > FEW:
+        ranks = [
+            np.stack([[m.pairs, m.sent, m.received] for m in seen(config, mask, each)]).sum(0) for each in range(dp)
+        ]
+        found = {tuple(map(int, np.unravel_index(of.argmax(), of.shape))) for of in np.stack(ranks, 1)}  # [dp, ring]
+    return sorted({rank for each in found for rank in (places[each][0], places[each][-1])})

@@ -1,9 +1,10 @@
 """One process that stands for any rank of any number: its collectives return at once.
 
 torch's fake process group is the ground: its ops go through the dispatcher like any other's, so every instrument sees
-them. Two of its habits are mended here for real tensors: a gather repeats this rank's shard in one copy and not in one
-per rank, and a receive gets what was sent last instead of memory as it was found, which may hold NaN. What arrives has
-the right size and sane values, but is not what others would have sent. Strategies run on it unchanged.
+them. Some of its habits are mended here for real tensors: a gather repeats this rank's shard in one copy and not in one
+per rank, and a receive gets what was sent last instead of memory as it was found, which may hold NaN; so does an
+exchange in which more arrives than leaves. What arrives has the right size and sane values, but is not what others
+would have sent. Strategies run on it unchanged.
 """
 
 import warnings
@@ -30,7 +31,7 @@ def stand_for(rank: int, world_size: int, device: str) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it replaces kernels is what it is for
             for key in ("CPU", "CUDA"):
-                for op, function in (("_allgather_base_", gather), ("send", send), ("recv_", receive)):
+                for op, function in MENDED.items():
                     mended[0].impl(op, function, key, allow_override=True)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     hooks.backend_of = lambda group: "nccl" if device == "cuda" else "gloo"
@@ -59,6 +60,22 @@ def gather(
     return output, done()
 
 
+def swap(
+    output: Tensor,
+    given: Tensor,
+    group: Any,
+    arrives: list[int],
+    leaves: list[int],
+    async_op: bool = True,
+    timeout: int = -1,
+) -> torch.ScriptObject:
+    output, given = output.view(-1), given.view(-1)
+    both = min(output.numel(), given.numel())
+    output[:both].copy_(given[:both])
+    output[both:].zero_()
+    return done()
+
+
 def send(tensors: list[Tensor], group: Any, destination: int, tag: int) -> torch.ScriptObject:
     in_flight.append(tensors[0])
     return done()
@@ -67,3 +84,6 @@ def send(tensors: list[Tensor], group: Any, destination: int, tag: int) -> torch
 def receive(tensors: list[Tensor], group: Any, source: int, tag: int) -> torch.ScriptObject:
     tensors[0].copy_(in_flight.pop())
     return done()
+
+
+MENDED = {"_allgather_base_": gather, "alltoall_base_": swap, "send": send, "recv_": receive}
