@@ -62,7 +62,19 @@ def test_documents_and_windows_are_the_unsharded_model_under_their_mask(case: Ca
         results = on_ranks(case.world_size, run_all_heads, case, {"": folder}, batches)[0]
     for n, mask in enumerate(MASKS):
         for whose, truth in (("transformers", their_packed(folder, n)), ("one process", single_packed(folder, n))):
-            reference.assert_equal(results["", n], truth, CLOSE, f"{case}, {mask}, against {whose}")
+            ours, theirs = (but_for_what_is_zero(each, mask) for each in (results["", n], truth))
+            reference.assert_equal(ours, theirs, CLOSE, f"{case}, {mask}, against {whose}")
+
+
+def but_for_what_is_zero(result: reference.Result, mask: dict) -> reference.Result:
+    """A token that sees itself alone does so whatever q and k are: their gradients are nothing beside v's."""
+    if mask != {"window": 1}:
+        return result
+    zero = {name for name in result.grads if name.endswith((".q.weight", ".k.weight"))}
+    for name in zero:
+        of_v = result.grads[f"{name.rpartition('.attn.')[0]}.attn.v.weight"]
+        assert result.grads[name].norm() < CLOSE * of_v.norm(), name
+    return replace(result, grads={name: grad for name, grad in result.grads.items() if name not in zero})
 
 
 @functools.cache
