@@ -27,6 +27,7 @@ from conf.compose import REFUSED, configuration, sentence
 from conf.files import FileFault, check_writable
 from conf.keys import Config, MeshConfig, StrategyConfig
 from conf.resolve import resolve
+from conf.seen import special
 from conf.words import Invalid
 
 AS_TRAINED = ("precision=bf16_mixed", "device=cuda", "loss.chunks=8")  # unless given; of a CPU its own
@@ -159,6 +160,12 @@ def asked(overrides: Sequence[str]) -> Space:
         config = composed(overrides, given, ("device=cpu",))
     if "strategy" in given and account_of(config.strategy.name) is None:
         raise UserError(none_of(config.strategy.name))
+    if special(replace(config, mesh=MeshConfig(ring=2))):
+        raise UserError(
+            "advise prices the causal mask, in layouts and hops that are the same for every batch; python -m bench "
+            "mode=simulate predicts a configuration with documents, attention.window, ring.kv=needed or "
+            "ring.layout=balanced, one by one"
+        )
     known = resolve(replace(config, strategy=StrategyConfig("zero"), mesh=MeshConfig())).config
     return Space(replace(known, strategy=config.strategy, mesh=config.mesh), given, machine_of(config))
 

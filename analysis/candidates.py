@@ -51,9 +51,9 @@ class Space:
     machine: Machine
 
     def values(self, path: str) -> list[Any]:
-        """Of a key: what was given, or all that there are."""
+        """Of a key: what was given, or all that there are. A causal mask is as balanced in zigzag as it can be."""
         key = keys()[path]
-        return [key.of(self.config)] if path in self.given else list(key.choices)
+        return [key.of(self.config)] if path in self.given else [value for value in key.choices if value != "balanced"]
 
     @property
     def strategies(self) -> list[str]:

@@ -130,8 +130,11 @@ class Computed:
         s, on, chunks, ring = self.s, self.on, self.s.head_chunks, self.s.r > 1
         n, q, kv = s.L // s.r, s.q / s.e / s.head_chunks, 2 * s.kv / s.e / s.head_chunks
         triangle = computed(n, on.clock.tile)
-        pairs = np.select([s.layout == "contiguous", s.layout == "zigzag"], [n * n, n * (n // 2)], triangle)
+        pairs = np.select([s.layout == "contiguous", s.layout == "striped"], [n * n, triangle], n * (n // 2))
         heads = s.B * s.h / (s.tp * s.u) / chunks
+        if s.seen is not None:  # in all, of which no more is own than a mask without documents would let through
+            triangle = min(triangle, s.seen["pairs"] / s.B)
+            pairs = (s.seen["pairs"] / s.B - triangle) / max(1, s.r - 1)
         own = on.attention(way, heads * triangle, s.K, chunks)
         visiting = on.attention(way, heads * pairs, s.K, chunks)
         seen = kv * np.where(s.layout == "zigzag", 0.5, 1)  # of the keys of another rank

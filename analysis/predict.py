@@ -207,6 +207,10 @@ class Step(Computed):
                 found.wait(line.kind, us)
             found.work += self.packed(line)
         for phase, (fetched, *summed) in hops.items():
+            if self.s.needed:  # one exchange beside a rank's own keys; gradients go back when there are all
+                found.wait(fetched.kind, self.us(fetched), self.blocks_of_attention(pass_of(phase))[0].us)
+                found.wait(fetched.kind, sum(map(self.us, summed)))
+                continue
             self.around_the_ring(found, pass_of(phase), self.us(fetched), sum(map(self.us, summed)))
         return found
 

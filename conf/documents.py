@@ -7,6 +7,7 @@ Of documents=eos they are the tokens', and what is counted is the last step's.
 import csv
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,13 +20,13 @@ HISTOGRAM = Path(__file__).parent / "lengths" / "HISTOGRAM.csv"
 LARGEST = 1 << 24  # bytes of a file of lengths
 
 
-def mask_of(config: Config, tokens: np.ndarray | None = None) -> Mask:
+def mask_of(config: Config, tokens: Any = None) -> Mask:
     """Of the sequences of a step, of whose tokens [B, S] documents=eos asks. Raises Invalid."""
     documents, window = config.documents, config.attention.window
     if documents.name == "none":
         return PLAIN if window is None else windowed(window)
     if documents.name == "eos":
-        return Mask(once(after(np.equal(tokens, documents.eos))), window)
+        return Mask(once(after(tokens == documents.eos)), window)
     return packed(documents.name, documents.path, config.batch_size, config.seq_len, config.seed, window)
 
 

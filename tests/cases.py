@@ -171,7 +171,7 @@ MASKED = [  # the same with documents and windows
     Case("zero", dp=4, documents=True),
     Case("tp", tp=4, documents=True),
     Case("tp_sp", dp=2, tp=2, documents=True, window=9),
-    Case("ulysses", ulysses=4, documents=True, head_chunks=2, packed=True),
+    Case("ulysses", dp=2, ulysses=2, documents=True, head_chunks=2, packed=True),
     Case("usp", ulysses=2, ring=2, documents=True, recompute="selective", zero_stage=2),
     Case("ring", dp=2, ring=2, layout="balanced", documents=True, micro_batches=2),
     Case("ring", ring=4, layout="contiguous", kv="needed", documents=True, micro_batches=2, recompute="block"),

@@ -57,7 +57,13 @@ def test_the_table_has_every_strategy_in_the_order_of_the_folder():
 def test_the_formulas_with_numbers_put_in_are_the_numbers(row):
     """The symbols and the plain arithmetic are one code; this holds the simplified expressions to it."""
     numbers = {"B": 2, "L": 4096, "d": 512, "i": 1536, "h": 8, "h_kv": 8, "V": 1024, "n_layers": 3, "e": 2, "e_g": 4}
-    ranks = {"N": 4, "tp": 2, "u": 2, "r": 2, "rho": 1, "dp": 1}
+    ranks = {"N": 4, "tp": 2, "u": 2, "r": 2, "rho": 1, "dp": 1, "H": 100}
+
+    def number(value):
+        if isinstance(value, dict):
+            return {name: number(each) for name, each in value.items()}
+        return {**numbers, **ranks}[value.name] if isinstance(value, sympy.Symbol) else value
+
     for expression, plain in (
         (symbols.sent(row, weights=False), lambda s: total(row.account.of_block(s), weights=False)),
         (symbols.sent(row, weights=True), lambda s: total(row.account.of_block(s), weights=True)),
@@ -65,10 +71,7 @@ def test_the_formulas_with_numbers_put_in_are_the_numbers(row):
         (symbols.neat(total(row.account.of_step(row.letters))), lambda s: total(row.account.of_step(s))),
     ):
         values = {symbol: {**numbers, **ranks}[symbol.name] for symbol in expression.free_symbols}
-        put_in = {
-            name: {**numbers, **ranks}[value.name] if isinstance(value, sympy.Symbol) else value
-            for name, value in vars(row.letters).items()
-        }
+        put_in = {name: number(value) for name, value in vars(row.letters).items()}
         assert float(expression.subs(values)) == pytest.approx(float(plain(Letters(**{**put_in, "K": 64}))))
 
 

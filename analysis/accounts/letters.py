@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from analysis.accounts.masked import of_rank, special
 from conf.documents import mask_of
 from conf.keys import Config
 from conf.mask import Mask
 from conf.meshes import place
+from conf.seen import of_rank, special
 
 Amount = Any  # a number, an array of them, or an expression of sympy's
 BYTES = {"fp32": (4, 4), "bf16": (2, 2), "bf16_mixed": (4, 2)}  # of a weight as it is updated, of an activation
@@ -83,7 +83,7 @@ class Letters:
     clipping: bool = True
     needed: bool = False
     layout: str = "zigzag"
-    seen: Mapping[str, Amount] | None = None  # pairs and keys of a rank, where they have no closed form (masked.py)
+    seen: Mapping[str, Amount] | None = None  # pairs and keys of a rank, where they have no closed form (conf/seen.py)
     at: Mapping[str, int] | None = None  # its place along each axis, and along `zero`
 
     @classmethod

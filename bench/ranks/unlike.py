@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 
-from analysis.accounts.masked import seen, special
 from bench.workloads.data import mask_of_step
 from conf.keys import PLACEMENTS, Config
 from conf.meshes import place
+from conf.seen import seen, special
 
 FEW = 8  # ranks with different tokens
 
@@ -55,7 +55,7 @@ def busiest_ranks(config: Config) -> list[int]:
     ranks and the last, as above: their shards of heads and weights may differ.
     """
     mask, dp = mask_of_step(config), config.mesh.dp or 1
-    places: dict[tuple[int, int], list[int]] = {}
+    places: dict[tuple[int, ...], list[int]] = {}
     for rank in range(config.world_size):
         at = place(config, rank)
         places.setdefault((at["dp"], at["ring"]), []).append(rank)

@@ -269,9 +269,12 @@ def heads_swapped(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def pick_kernel(name: str, device: str, dtype: torch.dtype, head_dim: int) -> Kernel:
     """The kernel called `name`; `auto` is the fastest that runs there. Raises Invalid if the named one does not."""
-    sdpa = SdpaCpu if device == "cpu" else SdpaCuda
-    runs = kernel_that_runs(name, device, str(dtype).removeprefix("torch."), head_dim)
-    return {"flash_attn": FlashAttention2, "sdpa": sdpa, "math": Math}[runs]()
+    kernels: dict[str, type[Kernel]] = {
+        "flash_attn": FlashAttention2,
+        "sdpa": SdpaCpu if device == "cpu" else SdpaCuda,
+        "math": Math,
+    }
+    return kernels[kernel_that_runs(name, device, str(dtype).removeprefix("torch."), head_dim)]()
 
 
 def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:

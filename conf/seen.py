@@ -1,6 +1,6 @@
-"""What a mask lets the ranks of a ring see of each other, counted token by token.
+"""What a mask lets the ranks of a ring see of each other, counted token by token, whatever a strategy does about it.
 
-The plain causal mask has closed forms (flops.py, ring.py); documents, windows and chunks that are dealt out have none.
+The plain causal mask has closed forms (analysis/accounts); documents, windows and chunks that are dealt out have none.
 A token sees the keys from its first one up to itself, whoever owns them.
 """
 
