@@ -82,6 +82,15 @@ def parser() -> argparse.ArgumentParser:
     advise.add_argument(
         "--out", type=Path, metavar="FOLDER", default=Path("runs/advise"), help="page, map, csv; default: runs/advise"
     )
+    dynamic = commands.add_parser(
+        "dynamic", help="packed documents: a ring for each, as wide as it is long, beside one ring for all"
+    )
+    dynamic.add_argument(
+        "overrides",
+        nargs="+",
+        metavar="key=value",
+        help="model=llama3_8b documents=histogram world_size=64 seq_len=524288 cluster=h100 ...",
+    )
     return main
 
 
@@ -124,6 +133,10 @@ def answer(arguments: argparse.Namespace) -> tuple[object, list[str]]:
         from analysis import advise
 
         return advise.printed(arguments.overrides, arguments.out, arguments.verify)
+    if arguments.command == "dynamic":
+        from analysis import dynamic
+
+        return dynamic.printed(arguments.overrides), []
     if arguments.command == "published":
         from analysis import published
 

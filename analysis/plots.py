@@ -433,6 +433,45 @@ def pareto(sweep: Sweep) -> Figure:
     return figure
 
 
+SIZES = {"s": 6, "^": 7, "v": 11, "o": 6}  # what is as even as another is seen behind it
+LAYOUTS = {"contiguous": (ORANGE, "s"), "zigzag": (BLUE, "^"), "striped": (ROSE, "v"), "balanced": (GREEN, "o")}
+
+
+def bytes_and_balance(sweep: Sweep) -> Figure:
+    """Around a ring: what keys and values cost to send, against how evenly attention is shared out."""
+    rows = sweep.ok[(sweep.ok.ring > 1) & sweep.ok.get("attention_work_max_by_mean", pd.Series(dtype=float)).notna()]
+    if rows.empty or rows.ring_layout.nunique() < 2:
+        raise Unavailable("Bytes against balance: no two layouts of a ring are in the sweep.")
+    panels = grouped(rows, ["strategy", "ring", "world_size", "seq_len", "batch_size"])
+    panels = sorted(panels, key=lambda part: -part.ring_layout.nunique())[:2]
+    panels = sorted(panels, key=lambda part: part.world_size.iloc[0])
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4), layout="constrained", squeeze=False)
+    for ax, part in zip(axes[0], panels, strict=True):
+        for row in part.itertuples():
+            shade, mark = LAYOUTS[row.ring_layout]
+            face = shade if row.ring_kv == "needed" else "white"
+            ax.plot(
+                row.comm_bytes_activations / MIB,
+                row.attention_work_max_by_mean,
+                mark,
+                color=shade,
+                mfc=face,
+                ms=SIZES[mark],
+            )
+        ax.set_xlim(left=0)
+        ax.set_xlabel("activations sent by the busiest rank in a step (MiB)")
+        one = part.iloc[0]
+        ax.set_title(f"{one.strategy}, ring={one.ring:g}, {tokens(one.seq_len)} tokens", loc="left")
+    axes[0][0].set_ylabel("attention's work, busiest rank over mean")
+    shown = [name for name in LAYOUTS if name in set(rows.ring_layout)]
+    handles = [plt.Line2D([], [], color=LAYOUTS[name][0], marker=LAYOUTS[name][1], ls="", label=name) for name in shown]
+    for kv in dict.fromkeys(rows.ring_kv):
+        face = "black" if kv == "needed" else "white"
+        handles.append(plt.Line2D([], [], color="black", mfc=face, marker="o", ls="", label=f"ring.kv={kv}"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
+    return figure
+
+
 def front_of(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows that no other beats in both step time and peak memory, by memory."""
     front, fastest = [], float("inf")
@@ -542,6 +581,11 @@ PLOTS: dict[str, tuple[Callable[[Sweep], Figure], str]] = {
         predicted_parts,
         "By the cluster's clock, nothing of it measured: in grey what the device computes, in colour what it waits for "
         "because no computation hides it.",
+    ),
+    "bytes_and_balance": (
+        bytes_and_balance,
+        "Down is more even, left sends less. Where documents are short, sending only keys that are needed (filled) "
+        "saves most of it; who deals chunks out evenly takes documents apart, and sends more of them.",
     ),
     "pareto": (pareto, "Left is smaller, down is faster."),
     "flops_over_size": (flops_over_size, "Each point is the median over ranks that computed at the same time."),

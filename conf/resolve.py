@@ -39,7 +39,7 @@ def resolve(written: Config) -> Resolved:
     fill_model(config.model)
     fill_grad_dtype(config)
     check_offload(config)
-    check_documents(config)
+    check_documents(resolved)
     meshes.fill(config)
     check_batch(resolved)
     return resolved
@@ -157,8 +157,9 @@ def check_causal(config: Config) -> None:
             )
 
 
-def check_documents(config: Config) -> None:
+def check_documents(resolved: Resolved) -> None:
     """Does the configuration say where they end?"""
+    config = resolved.config
     documents, name = config.documents, f"documents={config.documents.name}"
     if documents.name == "eos":
         if documents.eos is None:
@@ -171,7 +172,7 @@ def check_documents(config: Config) -> None:
     if documents.name == "lengths" and documents.path is None:
         raise Invalid("documents.path is missing: documents=lengths reads the lengths of documents there")
     if documents.name in ("none", "eos") and documents.path is not None:
-        raise Invalid(f"documents.path={documents.path} is for lengths and histogram, and {name}; null would do")
+        resolved.notes.append(f"documents.path={documents.path} is not read, for {name}")
     if config.ring.kv == "needed" and "ring" not in meshes.footing_of(config.strategy.name).axes:
         raise Invalid(f"ring.kv=needed: strategy {config.strategy.name} has no ring axis; rotate would do")
 

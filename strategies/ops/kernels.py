@@ -10,7 +10,7 @@ and lse of a softmax over more keys than k holds: it then returns this block's p
 section 3.1).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import MappingProxyType
 from typing import Protocol
 
@@ -269,7 +269,7 @@ def heads_swapped(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def pick_kernel(name: str, device: str, dtype: torch.dtype, head_dim: int) -> Kernel:
     """The kernel called `name`; `auto` is the fastest that runs there. Raises Invalid if the named one does not."""
-    kernels: dict[str, type[Kernel]] = {
+    kernels: dict[str, Callable[[], Kernel]] = {
         "flash_attn": FlashAttention2,
         "sdpa": SdpaCpu if device == "cpu" else SdpaCuda,
         "math": Math,
