@@ -11,8 +11,7 @@ section 3.1).
 """
 
 from collections.abc import Callable, Iterator
-from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -172,7 +171,7 @@ class SdpaCpu:
         return heads_swapped(*grads)
 
 
-PIECE = 64  # queries: fewer are more calls, more are more keys that one of them does not see
+PIECE = 128  # queries: fewer are more calls, more are more keys that one of them does not see
 
 
 def pieces(q: Tensor, k: Tensor, causal: bool) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -232,29 +231,43 @@ class FlashAttention2:
     """The flash-attn package (Dao 2023), fp16 and bf16 on CUDA; from 2.7 on lse is [B, H, Sq]."""
 
     name = "flash_attn"
-    plain = MappingProxyType(
-        {"dropout_p": 0.0, "window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "alibi_slopes": None}
-    )
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, windowed: bool = False) -> tuple[Tensor, Tensor]:
         from flash_attn.flash_attn_interface import _flash_attn_forward
 
-        scale = q.shape[-1] ** -0.5
-        out, lse, *_ = _flash_attn_forward(
-            q, k, v, softmax_scale=scale, causal=causal, return_softmax=False, **self.plain
-        )
+        out, lse, *_ = _flash_attn_forward(q, k, v, return_softmax=False, **self.plain(q, k, causal, windowed))
         return out, lse
 
-    def backward(self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool) -> Grads:
+    def backward(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        causal: bool,
+        windowed: bool = False,
+    ) -> Grads:
         from flash_attn.flash_attn_interface import _flash_attn_backward
 
         grads = tuple(torch.empty_like(t) for t in (q, k, v))
         tensors = (grad.contiguous(), q, k, v, out, lse.contiguous())
-        scale = q.shape[-1] ** -0.5
-        _flash_attn_backward(
-            *tensors, *grads, softmax_scale=scale, causal=causal, deterministic=False, rng_state=None, **self.plain
-        )
+        plain = self.plain(q, k, causal, windowed)
+        _flash_attn_backward(*tensors, *grads, deterministic=False, rng_state=None, **plain)
         return grads
+
+    def plain(self, q: Tensor, k: Tensor, causal: bool, windowed: bool) -> dict[str, Any]:
+        """No dropout, no cap, no slopes. A window is counted from the last key: by as many as there are more of them."""
+        return {
+            "softmax_scale": q.shape[-1] ** -0.5,
+            "causal": causal,
+            "window_size_left": k.shape[1] - q.shape[1] if windowed else -1,
+            "window_size_right": 0 if causal else -1,
+            "dropout_p": 0.0,
+            "softcap": 0.0,
+            "alibi_slopes": None,
+        }
 
 
 def heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
