@@ -3,11 +3,12 @@
 paper           Liu et al. 2023, Ring Attention with Blockwise Transformers; layouts: see ops/layouts.py
 tokens          S/N everywhere, in the order of ring.layout
 weights         1/N of everything, gathered a block at a time
-attention       all heads of S/N queries, against one visiting block of keys and values after the other
+attention       all heads of S/N queries, against one visiting block of keys and values after the other, tile by tile of
+                what documents and windows let them see
 mlp             local on S/N tokens
 embedding, head local on S/N tokens, their weights gathered like a block's; logits [B, S/N, V]
 communication   forward: N-1 hops of (k, v) + AG(P); backward: N-1 hops of (k, v) and of (dk, dv) + AG(P) + RS(P)
-needs           seq_len % 2N == 0 for zigzag, seq_len % N == 0 for contiguous and striped; nothing of heads
+needs           seq_len % 2N == 0 for zigzag, % N for contiguous and striped, % 8N for balanced; nothing of heads
 """
 
 from torch import Tensor, nn

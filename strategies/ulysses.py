@@ -3,7 +3,8 @@
 paper           Jacobs et al. 2023, DeepSpeed Ulysses, section 3
 tokens          S/N everywhere but in attention
 weights         1/N of everything, gathered a block at a time
-attention       all tokens of H/N heads: q, k, v are exchanged on the way in, the output on the way out
+attention       all tokens of H/N heads: q, k, v are exchanged on the way in, the output on the way out; so whatever
+                documents and windows hide, all ranks have as much to do, but none can have less than a head
 mlp             local on S/N tokens
 embedding, head local on S/N tokens, their weights gathered like a block's; logits [B, S/N, V]
 communication   forward: 4 A2A(D/N, rho Dk/N) + AG(P); backward: 4 A2A(D/N, rho Dk/N) + AG(P) + RS(P)

@@ -162,10 +162,8 @@ def test_each_rank_sends_what_others_need_and_gets_it_back_as_gradients(document
     assert backward == [there + of_key * back for there, back in zip(forward, keys, strict=True)]
     for rank, (_, flops) in enumerate(found):
         lines = [line for line in predicted(config, rank) if line.axis == "ring"]
-        by_phase = {
-            phase: sum(line.bytes for line in lines if line.phase == phase) for phase in ("forward", "backward")
-        }
-        assert by_phase == {"forward": forward[rank], "backward": backward[rank]}
+        for phase, there in (("forward", forward), ("backward", backward)):
+            assert sum(line.bytes for line in lines if line.phase == phase) == there[rank]
         assert not [wrong for wrong in differences(config, rank, [], flops) if "FLOP" in wrong]
 
 
@@ -199,5 +197,5 @@ def test_balanced_is_even_where_contiguous_is_not_and_needed_sends_a_tenth(ring)
             dealt = deal(mask, seq_len, ring, config.ring)
             assert sorted(dealt.flatten()) == list(range(8 * ring))
     assert work["balanced"] <= 1.05
-    assert work["contiguous"] > 2.3
+    assert work["contiguous"] > 2
     assert sent["contiguous"] < 0.1

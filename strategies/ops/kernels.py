@@ -258,7 +258,7 @@ class FlashAttention2:
         return grads
 
     def plain(self, q: Tensor, k: Tensor, causal: bool, windowed: bool) -> dict[str, Any]:
-        """No dropout, no cap, no slopes. A window is counted from the last key: by as many as there are more of them."""
+        """No dropout, no cap, no slopes. A window is counted from the last key, of which there are more than queries."""
         return {
             "softmax_scale": q.shape[-1] ** -0.5,
             "causal": causal,
