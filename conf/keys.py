@@ -169,7 +169,11 @@ class AttentionConfig:
     window: int | None = key(
         None, "keys that a token sees, itself and those just before it; null = all before it", least=1, most=MOST
     )
-    kernel: str = key("auto", "what computes a block of attention", choices=("auto", "flash_attn", "sdpa", "math"))
+    kernel: str = key(
+        "auto",
+        "what computes a tile of attention",
+        choices=("auto", "flash_attn_3", "flash_attn_4", "flash_attn", "sdpa", "math"),
+    )
 
 
 @dataclass

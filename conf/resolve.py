@@ -87,9 +87,10 @@ def check_mode(config: Config) -> None:
         raise Invalid("profile=true: mode=simulate draws what a cluster's clock tells; cluster=h100 would do")
     if mode == "simulate" and config.compile:
         raise Invalid("compile=true: mode=simulate computes nothing, and knows no fused kernels; mode=emulate would do")
-    if mode == "simulate" and config.attention.kernel == "flash_attn":
+    if mode == "simulate" and config.attention.kernel.startswith("flash_attn"):
+        name = config.attention.kernel
         raise Invalid(
-            "attention.kernel=flash_attn has no implementation on fake tensors; sdpa, which keeps as much, would do"
+            f"attention.kernel={name} has no implementation on fake tensors; sdpa, which keeps as much, would do"
         )
     if mode != "real" and config.save_path is not None:
         raise Invalid(

@@ -114,4 +114,14 @@ def pick_kernel(config: Config) -> None:
     """Fake tensors are on the CPU, whatever they stand for."""
     device = "cpu" if config.mode == "simulate" else config.device
     dtype = "float32" if config.precision == "fp32" else "bfloat16"
-    config.attention.kernel = kernel_that_runs(config.attention.kernel, device, dtype, config.model.dim_of_head)
+    head_dim = config.model.dim_of_head
+    config.attention.kernel = kernel_that_runs(config.attention.kernel, device, dtype, head_dim, generation(device))
+
+
+def generation(device: str) -> int:
+    """The first number of the GPUs' compute capability; 0 of a CPU."""
+    if device == "cpu" or not count_gpus():
+        return 0
+    import torch
+
+    return torch.cuda.get_device_capability()[0]

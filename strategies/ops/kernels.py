@@ -11,16 +11,16 @@ section 3.1).
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from conf.kernels import kernel_that_runs
+from strategies.ops.flash_attention import FlashAttention2, FlashAttention3, FlashAttention4, Grads, window
 
 aten = torch.ops.aten
-Grads = tuple[Tensor, ...]  # of q, k and v
 
 
 class Kernel(Protocol):
@@ -220,56 +220,6 @@ class SdpaCuda:
         return aten._flash_attention_backward(*tensors, *whole, **window(q, k, causal, windowed))
 
 
-def window(q: Tensor, k: Tensor, causal: bool, windowed: bool) -> dict[str, int | None]:
-    """How many keys before and after its own place a query sees; places are counted from the last (Dao 2023)."""
-    if not windowed:
-        return {}
-    return {"window_size_left": k.shape[1] - q.shape[1], "window_size_right": 0 if causal else -1}
-
-
-class FlashAttention2:
-    """The flash-attn package (Dao 2023), fp16 and bf16 on CUDA; from 2.7 on lse is [B, H, Sq]."""
-
-    name = "flash_attn"
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, windowed: bool = False) -> tuple[Tensor, Tensor]:
-        from flash_attn.flash_attn_interface import _flash_attn_forward
-
-        out, lse, *_ = _flash_attn_forward(q, k, v, return_softmax=False, **self.plain(q, k, causal, windowed))
-        return out, lse
-
-    def backward(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        causal: bool,
-        windowed: bool = False,
-    ) -> Grads:
-        from flash_attn.flash_attn_interface import _flash_attn_backward
-
-        grads = tuple(torch.empty_like(t) for t in (q, k, v))
-        tensors = (grad.contiguous(), q, k, v, out, lse.contiguous())
-        plain = self.plain(q, k, causal, windowed)
-        _flash_attn_backward(*tensors, *grads, deterministic=False, rng_state=None, **plain)
-        return grads
-
-    def plain(self, q: Tensor, k: Tensor, causal: bool, windowed: bool) -> dict[str, Any]:
-        """No dropout, no cap, no slopes. A window is counted from the last key, of which there are more than queries."""
-        return {
-            "softmax_scale": q.shape[-1] ** -0.5,
-            "causal": causal,
-            "window_size_left": k.shape[1] - q.shape[1] if windowed else -1,
-            "window_size_right": 0 if causal else -1,
-            "dropout_p": 0.0,
-            "softcap": 0.0,
-            "alibi_slopes": None,
-        }
-
-
 def heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
     """[B, S, H, K] -> [B, H, S, K], a view. torch's kernels read a last dim with gaps as if it had none."""
     return tuple((t if t.stride(-1) == 1 else t.contiguous()).transpose(1, 2) for t in tensors)
@@ -283,11 +233,14 @@ def heads_swapped(*tensors: Tensor) -> tuple[Tensor, ...]:
 def pick_kernel(name: str, device: str, dtype: torch.dtype, head_dim: int) -> Kernel:
     """The kernel called `name`; `auto` is the fastest that runs there. Raises Invalid if the named one does not."""
     kernels: dict[str, Callable[[], Kernel]] = {
+        "flash_attn_3": FlashAttention3,
+        "flash_attn_4": FlashAttention4,
         "flash_attn": FlashAttention2,
         "sdpa": SdpaCpu if device == "cpu" else SdpaCuda,
         "math": Math,
     }
-    return kernels[kernel_that_runs(name, device, str(dtype).removeprefix("torch."), head_dim)]()
+    generation = torch.cuda.get_device_capability()[0] if device == "cuda" and torch.cuda.is_available() else 0
+    return kernels[kernel_that_runs(name, device, str(dtype).removeprefix("torch."), head_dim, generation)]()
 
 
 def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
