@@ -16,7 +16,7 @@ from conf.keys import Config
 from conf.mask import PLAIN, Mask, begins
 from conf.words import Invalid
 
-HISTOGRAM = Path(__file__).parent / "lengths" / "HISTOGRAM.csv"
+HISTOGRAM = Path(__file__).parent / "lengths" / "prolong64k.csv"
 LARGEST = 1 << 24  # bytes of a file of lengths
 
 
@@ -106,7 +106,7 @@ def read(path: str) -> list[int]:
 def drawn(path: Path, batch_size: int, seq_len: int, seed: int) -> list[list[int]]:
     """documents=histogram: one after the other until a sequence is full, of which the last is cut there.
 
-    A bin of the histogram is drawn by its share, and a length in it, all of them alike.
+    A bin of the histogram is drawn by its share, and a length in it evenly by its logarithm: the longer, the rarer.
     """
     low, high, share = histogram(path)
     sequences = []
@@ -115,7 +115,7 @@ def drawn(path: Path, batch_size: int, seq_len: int, seed: int) -> list[list[int
         row: list[int] = []
         while (left := seq_len - sum(row)) > 0:
             at = random.choice(len(share), p=share / share.sum())
-            row.append(min(left, int(random.integers(low[at], high[at], endpoint=True))))
+            row.append(min(left, int(low[at] * ((high[at] + 1) / low[at]) ** random.random())))
         sequences.append(row)
     return sequences
 
