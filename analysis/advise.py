@@ -6,8 +6,6 @@ the answer changes with the links, the length and the ranks. --verify simulates 
 """
 
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,11 +13,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import UserError
+from analysis import UserError, simulated
 from analysis.accounts import account_of, none_of
-from analysis.candidates import AXES, Scenario, Space
+from analysis.accounts.letters import OF_AXES
+from analysis.candidates import Scenario, Space
 from analysis.predict import machine_of
-from analysis.reading import read_csv
 from analysis.templates import TEMPLATES
 from conf import meshes
 from conf.clock import COLLECTIVES, LAUNCH_BOUND
@@ -33,12 +31,13 @@ from conf.words import Invalid
 AS_TRAINED = ("precision=bf16_mixed", "device=cuda", "loss.chunks=8")  # unless given; of a CPU its own
 ERROR = 0.05  # what both predictors may differ by (tests/test_predict.py)
 WEIGHED = 0.02  # what the account's memory may be off
-MESH = ["strategy", *AXES.values()]
+MESH = ["strategy", *OF_AXES.values()]
 GIB, GB = 2**30, 1e9
 WAITING = (*COLLECTIVES, "offload")
 PARTS = ("products", "attention", "kernels", "launches", *WAITING)
 FACTORS = (0.25, 0.5, 1, 2, 4)  # of length and ranks, on the map
 ASKED = "as asked"
+NAME = "advise"  # of the sweep that --verify makes
 
 
 @dataclass
@@ -208,7 +207,7 @@ def heading(found: Advice) -> str:
 
 
 def mesh_of(row: pd.Series) -> str:
-    return " ".join(f"{axis}={row[letter]}" for axis, letter in AXES.items() if row[letter] > 1)
+    return " ".join(f"{axis}={row[letter]}" for axis, letter in OF_AXES.items() if row[letter] > 1)
 
 
 def label(row: pd.Series) -> str:
@@ -336,41 +335,34 @@ def otherwise(found: Advice) -> Iterator[str]:
 def command(found: Advice, overrides: Sequence[str], row: pd.Series) -> list[str]:
     """The words with which python -m bench simulates a row."""
     given = {word.partition("=")[0] for word in overrides}
-    usual = AS_TRAINED if found.config.device == "cuda" else ("device=cpu",)
+    usual = (*(AS_TRAINED if found.config.device == "cuda" else ("device=cpu",)), simulated.KERNEL)
     axes = ("dp", *meshes.footing_of(row.strategy).axes)
-    mesh = [f"mesh.{axis}={row[AXES[axis]]}" for axis in axes]
+    mesh = [f"mesh.{axis}={row[OF_AXES[axis]]}" for axis in axes]
     ours = [f"strategy={row.strategy}", *mesh, *keys_of(row)]
     chosen = {word.partition("=")[0] for word in ours}
     rest = [word for word in overrides if word.partition("=")[0] not in chosen]
-    return [
-        "mode=simulate",
-        *(word for word in usual if word.partition("=")[0] not in given),
-        *rest,
-        *ours,
-        "name=advise",
-    ]
+    return ["mode=simulate", *(word for word in usual if word.partition("=")[0] not in given), *rest, *ours]
 
 
 def verified(found: Advice, overrides: Sequence[str], rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """Each row beside its simulation by python -m bench: time by the replay, memory as it is held."""
+    words = [command(found, overrides, row) for _, row in rows.iterrows()]
+    wanted = {simulated.identity(configuration(each)): each for each in words}
+    known = simulated.rows(wanted, NAME)
     lines, wrong = [], []
-    for _, row in rows.iterrows():
-        words = command(found, overrides, row)
-        typed = f"python -m bench {shlex.join(words)}"
-        print(typed, file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "bench", *words], stdout=subprocess.DEVNULL)
-        simulated = next((each for each in read_csv(Path("runs/advise"), []) if each["command"] == typed), None)
-        if simulated is None or simulated["status"] not in ("ok", "oom"):
-            wrong.append(f"`{typed}` did not end well")
+    for (_, row), (identity, each) in zip(rows.iterrows(), wanted.items(), strict=True):
+        if identity not in known:
+            wrong.append(f"`python -m bench -m {shlex.join(each)} name={NAME}` did not end well")
             continue
-        time, memory = row.step_ms / simulated["predicted_step_ms"] - 1, row.peak_bytes / simulated["peak_bytes"] - 1
+        there = known[identity]
+        time, memory = row.step_ms / there["predicted_step_ms"] - 1, row.peak_bytes / there["peak_bytes"] - 1
         lines.append(
             {
                 "strategy": f"{label(row)} {' '.join(keys_of(row))}",
                 "step ms": f"{row.step_ms:,.1f}",
-                "replayed": f"{simulated['predicted_step_ms']:,.1f} ({time:+.1%})",
+                "replayed": f"{there['predicted_step_ms']:,.1f} ({time:+.1%})",
                 "GiB": f"{row.peak_bytes / GIB:.2f}",
-                "simulated": f"{simulated['peak_bytes'] / GIB:.2f} ({memory:+.1%})",
+                "simulated": f"{there['peak_bytes'] / GIB:.2f} ({memory:+.1%})",
             }
         )
     return pd.DataFrame(lines), wrong
@@ -407,7 +399,7 @@ def write(found: Advice, out: Path) -> Path:
 
 
 def exported(found: Advice) -> pd.DataFrame:
-    return found.asked.drop(columns=["scenario"]).rename(columns={letter: axis for axis, letter in AXES.items()})
+    return found.asked.drop(columns=["scenario"]).rename(columns={letter: axis for axis, letter in OF_AXES.items()})
 
 
 def squares(found: Advice) -> pd.DataFrame:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from analysis.accounts import account_of
 from analysis.accounts.account import Account
-from analysis.accounts.letters import Letters, whole
+from analysis.accounts.letters import OF_AXES, Letters, whole
 from analysis.accounts.sent import total
 from analysis.peak import Held
 from analysis.predict import Step
@@ -22,8 +22,7 @@ from conf import meshes
 from conf.keys import Config, MeshConfig, StrategyConfig, keys
 from conf.words import divisors
 
-AXES = {"dp": "dp", "tp": "tp", "ulysses": "u", "ring": "r"}  # of a mesh, and their letters
-GROUPS = (*AXES, "zero", "world", "tp_replicas")
+GROUPS = (*OF_AXES, "zero", "world", "tp_replicas")
 NEEDED = {"usp": ("ulysses", "ring"), "tp_usp": ("tp",), "odysseus": ("tp",)}  # or it is a strategy of fewer axes
 ALONE = ("tp", "sharing", "kv_shared")  # letters of which 1 branches the formulas
 
@@ -87,7 +86,7 @@ class Space:
         self, account: Account, group: pd.DataFrame, stage: int, recompute: str, known: dict[tuple[str, str], Any]
     ) -> dict[str, np.ndarray]:
         columns = {name: group[name].to_numpy() for name in group}
-        sizes: dict[str, Any] = {name: columns[name] for name in (*AXES.values(), "rho", "kv_shared", "L")}
+        sizes: dict[str, Any] = {name: columns[name] for name in (*OF_AXES.values(), "rho", "kv_shared", "L")}
         sizes |= {"layout": columns["layout"].astype(str), "stage": stage}
         sizes |= {"recompute": recompute == "block", "selective": recompute == "selective"}
         batch = np.maximum(1, whole(self.config.micro_batch_size / columns["dp"]))
@@ -104,7 +103,7 @@ class Space:
             "zero_stage": stage,
             "recompute": recompute,
         }
-        same = {name: columns[name] for name in ("scenario", "layout", "placement", *AXES.values(), "rho")}
+        same = {name: columns[name] for name in ("scenario", "layout", "placement", *OF_AXES.values(), "rho")}
         return {**same, **{name: np.broadcast_to(value, len(group)) for name, value in priced.items()}}
 
     # Meshes.
@@ -113,7 +112,7 @@ class Space:
         """Every legal mesh, layout and placement, but for those that are another strategy's, or the same again."""
         asked = {"scenario": scenario.name, "L": scenario.seq_len, "links": scenario.links}
         for degrees in self.meshes_of(name, scenario.world_size):
-            letters = {AXES[axis]: degree for axis, degree in degrees.items()}
+            letters = {OF_AXES[axis]: degree for axis, degree in degrees.items()}
             places = list(self.placed(degrees, [self.config.placement] if scenario.usual else self.values("placement")))
             several = degrees["ring"] > 1 and not scenario.usual
             for layout in self.values("ring.layout") if several else [self.config.ring.layout]:
@@ -136,7 +135,7 @@ class Space:
         if name == "zero" and world_size == 1 and "strategy" not in self.given:
             return  # it is single
         for split in factors(world_size, len(axes) + 1):
-            degrees = {**dict.fromkeys(AXES, 1), **dict(zip(("dp", *axes), split, strict=True))}
+            degrees = {**dict.fromkeys(OF_AXES, 1), **dict(zip(("dp", *axes), split, strict=True))}
             fixed = all(getattr(self.config.mesh, axis) in (None, degree) for axis, degree in degrees.items())
             idle = degrees["dp"] > self.config.micro_batch_size and bool(axes)
             wide = [axis for axis in axes if degrees[axis] > 1]

@@ -12,6 +12,7 @@ from conf.clock import KERNELS, computed
 
 ATTENTION = ("attention_forward", "attention_backward")
 BY_FLOPS = ("products", *ATTENTION)
+EXCHANGES = ("reduce_scatter", "all_to_all")  # on gloo one and the same (strategies/ops/collectives.py)
 
 
 def of_kernels(sweep: Sweep, tile: int = 1) -> dict[str, Points]:
@@ -33,13 +34,19 @@ def share(line: dict[str, Any], tile: int) -> float:
 
 
 def of_links(sweep: Sweep) -> dict[tuple[str, str, int], Points]:
-    """(intra or inter, kind, ranks or nodes) -> by bytes that a rank sends, or of these those that leave its node."""
+    """(intra or inter, kind, ranks or nodes) -> by bytes that a rank sends, or of these those that leave its node.
+
+    What is dispatched as the same thing has the points of both: else noise would make it two.
+    """
+    on_gloo = set(sweep.rows[sweep.rows.backend == "gloo"].run_id)
     found: dict[tuple[str, str, int], list[tuple[float, dict]]] = {}
     for run_id, table in sweep.measured("collectives").items():
         for line in table:
             group = tiers.group_of(sweep.configs[run_id], 0, line["axis"], line["ranks"], line["kind"])
             tier, size, part = ("inter", group.nodes, group.leaves) if group.nodes > 1 else ("intra", group.ranks, 1.0)
-            found.setdefault((tier, line["kind"], size), []).append((part * line["sent_bytes"], line))
+            alike = EXCHANGES if run_id in on_gloo and line["kind"] in EXCHANGES else (line["kind"],)
+            for kind in alike:
+                found.setdefault((tier, kind, size), []).append((part * line["sent_bytes"], line))
     return {key: points([size for size, _ in here], [line for _, line in here], "B") for key, here in found.items()}
 
 

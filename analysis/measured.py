@@ -12,15 +12,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from analysis import UserError, calibrate, simulated
 from analysis.reading import Sweep, load
 from conf.compose import configuration
-from conf.keys import Config
+from conf.keys import ClusterConfig, Config, run_id
 
 STEPS = Path(__file__).parent / "data" / "steps.csv"
 PUBLISHED = "published"  # the word that means them, where others are folders
 NAME = "published_steps"
-KERNEL = "attention.kernel=sdpa"  # said, as what `auto` means depends on what is installed, and a row's id on that
 ALIKE = ("workload", "direction", "model", "seq_len", "batch_size", "precision")  # in a group of real rows
 MS: dict[str, Callable[[float, Config], float]] = {  # a published figure by its unit -> ms
     "s": lambda value, config: 1000 * value,
@@ -78,7 +79,7 @@ def published(runs: Path = Path("runs")) -> list[Pair]:
 
 
 def pair_of(line: dict[str, str]) -> Pair:
-    words = [*shlex.split(line["overrides"]), KERNEL]
+    words = [*shlex.split(line["overrides"]), simulated.KERNEL]
     config = configuration(words)
     ms = MS[line["unit"]](float(line["value"]), config)
     source = f"{line['framework']}, {line['gpu']}"
@@ -97,23 +98,74 @@ def measured_here(folder: Path, calibration: Path) -> list[Pair]:
     cluster = configuration([f"cluster={path}"]).cluster
     assert cluster is not None
     for name in dict.fromkeys(real.device_name):
-        if not any(known in name for known in cluster.device_names):
+        if not is_of(cluster, name):
             raise UserError(f"{folder} ran on {name}, and {file} is of {', '.join(cluster.device_names)}")
     asked = ["mode=simulate", f"cluster={path}", "rounds=1"]
-    pairs = [
+    wanted = [
+        replace(
+            pair,
+            config=replace(pair.config, mode="simulate", cluster=cluster, rounds=1),
+            words=[*pair.words, *asked, f"attention.kernel={pair.row['attention_kernel']}"],
+        )
+        for pair in pairs_of(sweep, real)
+    ]
+    return with_rows(wanted, predicted_of(folder).name)
+
+
+def foretold(sweep: Sweep) -> list[Pair]:
+    """The real rows of a sweep whose configuration was simulated on their device's clock: there, or by `validate`.
+
+    Of several clocks the one that was asked last counts.
+    """
+    folder = predicted_of(sweep.folder)
+    simulations = [
+        (there.configs[row["run_id"]], row.to_dict())
+        for there in (sweep, *([load(folder)] if folder.is_dir() else []))
+        for _, row in there.ok[there.ok.predicted_step_ms.notna() & there.ok.run_id.isin(there.configs)].iterrows()
+    ]
+    found = []
+    for pair in pairs_of(sweep, sweep.ok[(sweep.ok["mode"] == "real") & sweep.ok.run_id.isin(sweep.configs)]):
+        alike = [
+            row
+            for config, row in simulations
+            if config.cluster
+            and is_of(config.cluster, pair.row["device_name"])
+            and as_if_real(config) == as_if_real(pair.config)
+        ]
+        found += [replace(pair, row=row) for row in alike[-1:]]
+    return found
+
+
+def predicted_of(folder: Path) -> Path:
+    """Where `validate` has the simulated rows of a folder's real ones."""
+    return folder.with_name(f"{folder.name}_predicted")
+
+
+def as_if_real(config: Config) -> str:
+    """What a simulated row and a real one have in common, if they are of the same step."""
+    return run_id(replace(config, mode="real", cluster=None))
+
+
+def is_of(cluster: ClusterConfig, device_name: str) -> bool:
+    return any(known in device_name for known in cluster.device_names)
+
+
+def pairs_of(sweep: Sweep, real: pd.DataFrame) -> list[Pair]:
+    """Its real rows, each beside itself. Raises UserError."""
+    return [
         Pair(
-            source=f"{folder}",
+            source=f"{sweep.folder}",
             use="held out",
             group=", ".join(str(row[key]) for key in ALIKE),
             metric="step",
             ms=row["step_ms_median"],
-            config=replace(config_of(sweep, row["run_id"]), mode="simulate", cluster=cluster, rounds=1),
-            words=[*shlex.split(row["command"])[3:], *asked, f"attention.kernel={row['attention_kernel']}"],
+            config=config_of(sweep, row["run_id"]),
+            words=shlex.split(row["command"])[3:],
             spread=(row["step_ms_p90"] - row["step_ms_p10"]) / row["step_ms_median"],
+            row=row.to_dict(),
         )
         for _, row in real.iterrows()
     ]
-    return with_rows(pairs, f"{folder.name}_predicted")
 
 
 def config_of(sweep: Sweep, run_id: str) -> Config:

@@ -189,8 +189,9 @@ def stacked(rows: pd.DataFrame, parts: dict[str, tuple[np.ndarray, str]]) -> tup
     return figure, ax
 
 
-def legend_below(ax: Axes, rows: pd.DataFrame) -> None:
-    ax.legend(ncols=6, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.9 / (1.3 + 0.3 * len(rows))))
+def legend_below(figure: Figure) -> None:
+    """As many lines as it takes, outside the axes, where the layout makes room for it."""
+    figure.legend(ncols=5, fontsize=7, loc="outside lower center")
 
 
 def memory_parts(sweep: Sweep) -> Figure:
@@ -207,7 +208,7 @@ def memory_parts(sweep: Sweep) -> Figure:
         ax.axvline(room, color="#b00000", linestyle="--", label=f"capacity less context, {room:.1f} {name}")
     ax.set_xlabel(f"peak memory of the fullest rank ({name})")
     ax.set_title(f"What fills the memory at seq_len={int(rows.seq_len.iloc[0]):,}{left_out}", loc="left")
-    legend_below(ax, rows)
+    legend_below(figure)
     return figure
 
 
@@ -228,7 +229,7 @@ def bytes_sent(sweep: Sweep) -> Figure:
     ax.set_xlabel(f"sent by the busiest rank in a step ({name})")
     at = f"seq_len={int(rows.seq_len.iloc[0]):,}"
     ax.set_title(f"Counted bytes end where the formula says, at {at}{left_out}", loc="left")
-    legend_below(ax, rows)
+    legend_below(figure)
     return figure
 
 
@@ -398,7 +399,7 @@ def predicted_parts(sweep: Sweep) -> Figure:
     )
     ax.set_xlabel("predicted step time (ms)")
     ax.set_title(f"Where a predicted step goes at seq_len={int(rows.seq_len.iloc[0]):,}{left_out}", loc="left")
-    legend_below(ax, rows)
+    legend_below(figure)
     return figure
 
 
@@ -607,16 +608,23 @@ def draw_all(sweep: Sweep) -> tuple[dict[str, Figure], list[str]]:
     return figures, left_out
 
 
-def parity(points: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
-    """Predicted over measured, by what was measured. points: a source -> measured and predicted, in ms."""
+def parity(
+    points: Mapping[str, tuple[np.ndarray, np.ndarray]], colours: Mapping[str, str] = MappingProxyType({})
+) -> Figure:
+    """Predicted over measured, by what was measured. points: a name in the legend -> measured and predicted, in ms."""
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     axes.axhspan(0.9, 1.1, color="#eeeeee")
     axes.axhline(1, color="black", linewidth=0.8)
     for n, (name, (measured, predicted)) in enumerate(points.items()):
-        axes.plot(measured, predicted / measured, "os^Dv<>ph*"[n % 10], label=name, markersize=5, alpha=0.8)
+        marks = "os^Dv<>ph*"[n % 10]
+        axes.plot(measured, predicted / measured, marks, color=colours.get(name), label=name, markersize=5, alpha=0.8)
     axes.set(xscale="log", yscale="log", xlabel="measured, ms", ylabel="predicted over measured")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(plain)
+        low, high = axis.get_view_interval()
+        if high < 10 * low:  # no room for all of them otherwise, and no need
+            axis.set_minor_formatter(plain)
     axes.set_title("Is what is predicted what was measured? The band is 10 % either way")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
@@ -625,13 +633,13 @@ def parity(points: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
 def winners(squares: pd.DataFrame) -> Figure:
     """A map of length and ranks, coloured by the strategy that is fastest of what fits (analysis/advise.py)."""
     ranks, tokens = (sorted(set(squares[name])) for name in ("ranks", "tokens"))
-    figure, axes = plt.subplots(figsize=(1.9 + 1.5 * len(ranks), 1.2 + 0.62 * len(tokens)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(1.4 + 1.6 * len(ranks), 1.2 + 0.62 * len(tokens)), layout="constrained")
     for square in squares.itertuples():
         x, y = ranks.index(square.ranks), tokens.index(square.tokens)
         face = colour(square.strategy) if square.strategy else "#eeeeee"
         axes.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=face, edgecolor="white", alpha=0.75))
         said = f"{textwrap.fill(square.label, 18)}\n{square.ms:,.0f} ms" if square.strategy else "nothing fits"
-        axes.text(x, y, said, ha="center", va="center", fontsize=7)
+        axes.text(x, y, said, ha="center", va="center", fontsize=8)
     axes.set(xlim=(-0.5, len(ranks) - 0.5), ylim=(-0.5, len(tokens) - 0.5), xlabel="ranks", ylabel="tokens")
     axes.set_xticks(range(len(ranks)), [f"{n:,}" for n in ranks])
     axes.set_yticks(range(len(tokens)), [f"{n:,}" for n in tokens])

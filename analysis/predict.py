@@ -173,7 +173,7 @@ class Step(Computed):
         return found
 
     def ahead(self, us: Amount) -> Amount:
-        """What ZeRO's collectives may take beside so much else. On a CPU FSDP2 waits for each at once."""
+        """What a collective may take beside so much else. On a CPU nothing: what moves bytes has no core of its own."""
         return us if self.on.on_gpu else 0.0
 
     def block(self, way: str) -> Phase:
@@ -199,10 +199,12 @@ class Step(Computed):
             if line.beside == "attention":
                 hops[line.phase].append(line)
             elif line.beside == "products":
-                found.wait(line.kind, us, self.gradients("x" if line.kind == "all_gather" else "W", half).us)
+                beside = self.gradients("x" if line.kind == "all_gather" else "W", half)
+                found.wait(line.kind, us, self.ahead(beside.us))
             elif line.kind == "all_to_all":  # the first chunk of the heads on its way in, the last one on its way out
                 found.wait(line.kind, us * chunk)
-                found.wait(line.kind, us * (1 - chunk), self.attention(pass_of(line.phase)).us * (1 - chunk))
+                beside = self.attention(pass_of(line.phase))
+                found.wait(line.kind, us * (1 - chunk), self.ahead(beside.us) * (1 - chunk))
             else:
                 found.wait(line.kind, us)
             found.work += self.packed(line)
@@ -217,7 +219,7 @@ class Step(Computed):
     def around_the_ring(self, found: Phase, way: str, fetched: Amount, summed: Amount) -> None:
         """Beside a block of keys and values the next comes by; in backward also the gradient of the one before."""
         chunks, r = self.s.head_chunks, self.s.r
-        own, visiting = (work.us / chunks for work in self.blocks_of_attention(way))
+        own, visiting = (self.ahead(work.us) / chunks for work in self.blocks_of_attention(way))
         if way == "backward":
             visits = [(own, fetched, np.minimum(r - 1, 1)), (visiting, fetched, np.minimum(r - 2, 1))]
             visits += [(visiting, fetched + summed, r - 3), (visiting, summed, np.minimum(r - 2, 1))]

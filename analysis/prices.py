@@ -66,8 +66,8 @@ class Machine:
         return work.calls * self.clock.call_us * self.on_gpu
 
     def works(self, part: str, us: Amount, calls: Amount) -> Work:
-        """So many operations of so many microseconds. On a CPU none is shorter than a call."""
-        us = us if self.on_gpu else np.maximum(us, self.clock.call_us)
+        """So many operations of so many microseconds. On a CPU what the host does for each comes to that."""
+        us = us if self.on_gpu else us + self.clock.call_us
         return Work(**{part: us * calls, "calls": calls})
 
     def aside(self, work: Work) -> Work:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from analysis import UserError, sources, symbols
 from analysis.accounts import account_of, none_of, predicted
@@ -17,12 +18,14 @@ from analysis.accounts.comparison import PHASES, compared
 from analysis.accounts.letters import Letters
 from analysis.accounts.sent import SHORT, Sent, total
 from analysis.looks import colour
+from analysis.measured import Pair, foretold
 from analysis.mismatches import mismatches
-from analysis.plots import PLOTS, draw_all, front_of, longest, save
+from analysis.plots import PLOTS, draw_all, front_of, longest, parity, save
 from analysis.race import race, verdict
 from analysis.reading import Sweep, load
 from analysis.table import written
 from analysis.templates import TEMPLATES
+from analysis.validate import PREDICTORS, coordinates, errors, told
 from conf import meshes
 from conf.columns import MIB, columns
 from conf.keys import Config
@@ -49,6 +52,7 @@ def write(folder: Path) -> list[str]:
     with_analytic(sweep, audits).to_csv(target / "results.csv", index=False)
     if races := race(sweep):
         pd.DataFrame(races).to_csv(target / "race.csv", index=False)
+    pairs = foretold(sweep)
     page = TEMPLATES.get_template("report.html").render(
         sweep=sweep,
         facts=facts(sweep),
@@ -56,6 +60,8 @@ def write(folder: Path) -> list[str]:
         shown=shown(sweep.ok),
         results=results(sweep),
         machine=of_machine(sweep),
+        judged=judged(pairs) if pairs else [],
+        parity=beside_each_other(pairs, target / "plots") if pairs else None,
         races=races,
         verdict=verdict(races),
         comparisons=comparisons(audits),
@@ -72,11 +78,39 @@ def write(folder: Path) -> list[str]:
 def draw(sweep: Sweep, target: Path) -> tuple[list[dict], list[str]]:
     """Every picture as a file and for the page, and a sentence for each that the data does not allow."""
     figures, left_out = draw_all(sweep)
-    pictures = []
-    for name, figure in figures.items():
-        svg = base64.b64encode(save(figure, target, name)).decode()
-        pictures.append({"name": name, "caption": PLOTS[name][1], "svg": svg})
-    return pictures, left_out
+    return [picture(name, figure, PLOTS[name][1], target) for name, figure in figures.items()], left_out
+
+
+def picture(name: str, figure: Figure, caption: str, target: Path) -> dict:
+    return {"name": name, "caption": caption, "svg": base64.b64encode(save(figure, target, name)).decode()}
+
+
+# Predicted beside measured.
+
+
+def judged(pairs: list[Pair]) -> list[dict]:
+    """How far the replay is from what was measured, of each strategy and of all."""
+    of = {**by_strategy(pairs), "all": pairs}
+    return [
+        {"strategy": name, "colour": colour(name), "rows": len(found), **told(errors(found, PREDICTORS["replay"]))}
+        for name, found in of.items()
+    ]
+
+
+def beside_each_other(pairs: list[Pair], target: Path) -> dict:
+    """The picture of it."""
+    of = by_strategy(pairs)
+    figure = parity({name: coordinates(found) for name, found in of.items()}, {name: colour(name) for name in of})
+    return picture(
+        "parity", figure, "Predicted by the machine's clock, which saw no step; measured by the rows above.", target
+    )
+
+
+def by_strategy(pairs: list[Pair]) -> dict[str, list[Pair]]:
+    found: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        found.setdefault(pair.config.strategy.name, []).append(pair)
+    return found
 
 
 # Derived against counted.

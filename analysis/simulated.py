@@ -9,6 +9,8 @@ from analysis.reading import read_csv
 from conf.keys import Config, run_id
 from conf.resolve import resolve
 
+KERNEL = "attention.kernel=sdpa"  # said, as what `auto` means depends on what is installed, and a row's id on that
+
 
 def run(words: Sequence[str], name: str) -> None:
     """One configuration, whose row goes to runs/NAME. That it ends well is for its row to say."""

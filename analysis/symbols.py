@@ -8,7 +8,7 @@ import sympy
 
 from analysis.accounts import account_of
 from analysis.accounts.account import Account
-from analysis.accounts.letters import Amount, Letters
+from analysis.accounts.letters import OF_AXES, Amount, Letters
 from analysis.accounts.sent import SHORT, Sent, total
 from conf import meshes
 
@@ -25,14 +25,13 @@ LEGEND = {
     "D": "B L d e bytes of a tp group's activation, on its part of the sequence",
     "P": "the block's parameters on a rank before ZeRO shards them, times e",
 }
-AXES = {"dp": "dp", "tp": "tp", "ulysses": "u", "ring": "r"}  # an axis -> its letter
 
 
 def letters(**changes: object) -> Letters:
     """All symbols, on one rank, but for what is changed; a name stands for its symbol."""
     alike = {name: name for name in ("B", "L", "d", "i", "h", "h_kv", "V", "e", "e_g")}
     sizes = {**alike, "K": SYMBOLS["d"] / SYMBOLS["h"], "layers": "n_layers", "e_w": "e", "e_dw": "e"}
-    ranks = dict.fromkeys(AXES.values(), 1)
+    ranks = dict.fromkeys(OF_AXES.values(), 1)
     named: dict[str, Amount] = {**sizes, **ranks, **changes}
     return Letters(**{name: symbol(value) for name, value in named.items()})
 
@@ -51,7 +50,7 @@ def ranks_of(strategy: str) -> dict[str, str]:
         return {}
     axes = footing.axes or ("dp",)
     copies = {"rho": "rho"} if "ulysses" in axes else {}
-    return {**{AXES[axis]: "N" if len(axes) == 1 else AXES[axis] for axis in axes}, **copies}
+    return {**{OF_AXES[axis]: "N" if len(axes) == 1 else OF_AXES[axis] for axis in axes}, **copies}
 
 
 @dataclass(frozen=True)

@@ -216,10 +216,12 @@ def notes(pairs: Sequence[Pair]) -> list[str]:
 
 def points(pairs: Sequence[Pair]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Of a parity picture: source and use -> measured ms, and predicted ones."""
-    return {
-        f"{source} ({use})": (np.array([p.ms for p in found]), np.array([PREDICTORS["replay"](p) for p in found]))
-        for (source, use), found in parts(pairs)
-    }
+    return {f"{source} ({use})": coordinates(found) for (source, use), found in parts(pairs)}
+
+
+def coordinates(pairs: Sequence[Pair]) -> tuple[np.ndarray, np.ndarray]:
+    """Measured ms, and what the replay says."""
+    return np.array([pair.ms for pair in pairs]), np.array([pair.replayed for pair in pairs])
 
 
 def page(pairs: Sequence[Pair], name: str) -> str:

@@ -55,7 +55,7 @@ class Clock:
     tile: int = 1  # keys: of a causal block, whole tiles of so many are computed along the diagonal
     exponentials: float | None = None  # of scores, billions a second, beside forward's products; None: within them
     wave: int | None = None  # tiles of 128 x 256 that run at once: products take whole waves; None: no waves
-    call_us: float = 0.0  # the host's time for one operation: what runs shorter waits for it
+    call_us: float = 0.0  # the host's time for one operation: a GPU that is done earlier waits; on a CPU it comes to it
 
     @classmethod
     def of(cls, values: Mapping[str, Any] | None, cluster: str) -> "Clock":

@@ -115,21 +115,21 @@ def drawn(path: Path, batch_size: int, seq_len: int, seed: int) -> list[list[int
         row: list[int] = []
         while (left := seq_len - sum(row)) > 0:
             at = random.choice(len(share), p=share / share.sum())
-            row.append(min(left, int(low[at] * ((high[at] + 1) / low[at]) ** random.random())))
+            row.append(min(left, int(low[at] * (high[at] / low[at]) ** random.random())))
         sequences.append(row)
     return sequences
 
 
 def histogram(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each bin its shortest and its longest length, and how many documents are in it."""
-    lines = [line for line in text(str(path)).splitlines() if not line.startswith("#")]
+    """Of each bin its shortest length, the one that is too long for it, and the share of documents that are in it."""
+    lines = text(str(path)).splitlines()
     try:
-        rows = [tuple(float(row[name]) for name in ("low", "high", "documents")) for row in csv.DictReader(lines)]
+        rows = [tuple(float(row[name]) for name in ("low", "high", "share")) for row in csv.DictReader(lines)]
         low, high, share = np.array(rows).T
     except (KeyError, ValueError, TypeError):
-        raise Invalid(f"documents.path={path}: is no table of low,high,documents; {HISTOGRAM.name} is one") from None
-    if (low < 1).any() or (high < low).any() or (share < 0).any() or share.sum() <= 0:
-        raise Invalid(f"documents.path={path}: a bin goes from low >= 1 up to high, with documents >= 0 in it")
+        raise Invalid(f"documents.path={path}: is no table of low,high,share; {HISTOGRAM.name} is one") from None
+    if (low < 1).any() or (high <= low).any() or (share < 0).any() or share.sum() <= 0:
+        raise Invalid(f"documents.path={path}: a bin goes from low >= 1 to below high, with a share >= 0")
     return low.astype(np.int64), high.astype(np.int64), share
 
 

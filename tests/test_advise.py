@@ -7,8 +7,8 @@ import yaml
 
 from analysis import UserError, advise
 from analysis.accounts import account_of
-from analysis.accounts.letters import Letters
-from analysis.candidates import AXES, Scenario
+from analysis.accounts.letters import OF_AXES, Letters
+from analysis.candidates import Scenario
 from analysis.peak import Held
 from analysis.predict import of_config
 from bench.simulation import simulate
@@ -78,13 +78,13 @@ def test_every_row_is_what_its_configuration_is_alone(found):
         assert row.step_ms == pytest.approx(float(of_config(config).step)), advise.label(row)
         held = Held(account_of(row.strategy), Letters.of(config)).peak
         assert row.peak_bytes == pytest.approx(float(held)), advise.label(row)
-        assert {letter: row[letter] for letter in AXES.values()} == {
-            letter: getattr(config.mesh, axis) or 1 for axis, letter in AXES.items()
+        assert {letter: row[letter] for letter in OF_AXES.values()} == {
+            letter: getattr(config.mesh, axis) or 1 for axis, letter in OF_AXES.items()
         }
 
 
 def test_no_configuration_stands_twice(found):
-    keys = ["strategy", *AXES.values(), "zero_stage", "recompute", "placement", "layout"]
+    keys = ["strategy", *OF_AXES.values(), "zero_stage", "recompute", "placement", "layout"]
     assert not found.asked.duplicated(keys).any()
     assert {*found.asked.strategy} == {"zero", "tp", "tp_sp", "ulysses", "ring", "usp", "tp_usp", "odysseus"}
     assert (found.asked.dp * found.asked.tp * found.asked.u * found.asked.r == 16).all()

@@ -472,7 +472,7 @@ def test_scaling_exposed_communication_and_the_end_of_memory_are_drawn_where_the
     assert [sentence.partition(":")[0] for sentence in left_out] == absent
     texts = [text.get_text() for axes in figures["time_and_throughput"].axes for text in axes.texts]
     assert "out of memory" in texts
-    assert any("capacity" in text.get_text() for text in figures["memory_parts"].axes[0].get_legend().get_texts())
+    assert any("capacity" in text.get_text() for text in figures["memory_parts"].legends[0].get_texts())
 
 
 # The pages, as a reader's browser shows them.

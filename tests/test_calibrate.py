@@ -62,7 +62,7 @@ def test_every_kind_is_timed_at_every_size(measured):
         assert (line["axis"], line["ranks"], line["hosts"], line["dtype"]) == ("dp", 2, 1, "float32")
         assert line["algbw_gbps"] == pytest.approx(line["bytes"] / line["time_us"] / 1000, rel=1e-2, abs=1e-5)
         assert line["busbw_gbps"] == pytest.approx(line["sent_bytes"] / line["time_us"] / 1000, rel=1e-2, abs=1e-5)
-        assert line["time_us_p10"] <= line["time_us"] <= line["time_us_p90"]
+        assert line["time_us_p10"] <= line["time_us"], "a mean, which may be above the 90th percentile"
 
 
 def test_every_kernel_of_a_clock_is_timed_at_every_length(measured):

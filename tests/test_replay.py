@@ -120,14 +120,16 @@ def test_whole_tiles_on_the_diagonal_are_computed():
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_cpu_waits_for_what_a_gpu_prefetches(case: Case):
-    """The same work; FSDP2's gathers are beside it on a GPU alone, and a ring's hops on both."""
+def test_a_cpu_waits_for_what_a_gpu_has_beside_its_work(case: Case):
+    """The same work. On a CPU nothing is beside it: as much is waited for, however long it computes."""
     clock = {"products": {"rate": 50}, "intra": {kind: {"8": {"rate": 5}} for kind in COLLECTIVES}}
     on_gpu, on_cpu = (step(clock, case, device=device, layers=4)[2] for device in ("cuda", "cpu"))
+    slower = step({**clock, "products": {"rate": 5}}, case, device="cpu", layers=4)[2]
     assert on_gpu.work == pytest.approx(on_cpu.work)
-    waited = [sum(each.exposed.values()) for each in (on_gpu, on_cpu)]
+    waited = [sum(each.exposed.values()) for each in (on_gpu, on_cpu, slower)]
+    assert waited[1] == pytest.approx(waited[2])
     by_fsdp2 = case.zero_stage >= 2 and case.strategy not in ("tp", "tp_sp")
-    assert waited[0] < 0.8 * waited[1] if by_fsdp2 else waited[0] == pytest.approx(waited[1], rel=0.05)
+    assert waited[0] < 0.8 * waited[1] if by_fsdp2 else waited[0] <= waited[1] * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

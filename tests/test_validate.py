@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis import UserError, measured, validate
+from analysis import UserError, measured, report, validate
+from analysis.reading import load
 from conf.clock import Clock, Group
 from conf.clusters import described
 from conf.compose import configuration
@@ -169,6 +170,12 @@ def test_this_machine_is_predicted_by_its_own_clock(tmp_path, monkeypatch):
     replayed, closed = (np.array([guess(pair) for pair in pairs]) for guess in validate.PREDICTORS.values())
     assert closed == pytest.approx(replayed, rel=0.05)
     assert "runs/mesh2: its rows' steps spread" in " ".join(validate.notes(pairs))
+    again = measured.foretold(load(Path("runs/mesh2")))
+    assert [pair.ms for pair in again] == [pair.ms for pair in pairs]
+    assert [pair.replayed for pair in again] == pytest.approx(replayed)
+    assert report.write(Path("runs/mesh2")) == []
+    assert '<table id="judged-table">' in Path("runs/mesh2/report/index.html").read_text()
+    assert Path("runs/mesh2/report/plots/parity.png").exists()
 
 
 def bench(*words: str) -> None:

@@ -21,6 +21,7 @@ from conf.seen import of_rank, special
 Amount = Any  # a number, an array of them, or an expression of sympy's
 BYTES = {"fp32": (4, 4), "bf16": (2, 2), "bf16_mixed": (4, 2)}  # of a weight as it is updated, of an activation
 WIDE = 4  # bytes of what is always exchanged in fp32
+OF_AXES = {"dp": "dp", "tp": "tp", "ulysses": "u", "ring": "r"}  # an axis of the mesh -> its letter
 
 
 def whole(x: Amount) -> Amount:

@@ -2,7 +2,8 @@
 
 Every operation that is dispatched takes its time (prices.py) on the stream on which the code puts it, and every
 collective beside it (streams.py). Prefetch and overlap are so those of the code that runs. On CUDA FSDP2's streams are
-streams, and the host that launches runs ahead of them; on a CPU everything but a collective in flight is one stream.
+streams, and the host that launches runs ahead of them. On a CPU everything is one stream: ranks compute with all cores,
+and what moves their bytes has none of its own.
 
 What a GPU does in one kernel counts as one: attention, norms, rotary embedding, SwiGLU, ring's merge. What is
 dispatched inside these takes no time, and no view does.
@@ -90,7 +91,7 @@ class Replay(Instrument):
         if key not in self.groups:
             self.groups[key] = tiers.group_of(self.config, self.rank, *key)
         us = self.known(lambda: self.clock.collective_us(sending.kind, self.groups[key], sending.sent, self.cluster))
-        number = number if number is not None and in_background(func, args) else 0
+        number = number if self.on_gpu and number is not None and in_background(func, args) else 0
         self.streams.launch(self.now, sending.axis, number, sending.kind, us)
         if not number:
             self.streams.wait(self.now, number)

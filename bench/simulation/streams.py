@@ -62,7 +62,7 @@ class Streams:
         """An operation, once the host has launched it."""
         self.note(self.take, stream, part, us)
         if not self.ahead:
-            self.spend(stream, part, max(us, self.call_us))
+            self.spend(stream, part, us + self.call_us)
             return
         self.host += self.call_us
         self.spend(stream, "launches", max(0.0, self.host - self.moments[stream].us))

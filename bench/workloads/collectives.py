@@ -1,17 +1,21 @@
 """workload=collectives: every kind of collective along every axis of the strategy's mesh, by size, as nccl-tests does.
 
 Sizes are nccl-tests': what an all_gather gives, what a reduce_scatter takes, the buffer otherwise. Runs follow each
-other without a barrier, for a collective waits for its slowest rank by itself. What is timed is what is dispatched: on
-gloo, whose reduce_scatter is an exchange and a sum (strategies/ops/collectives.py), the exchange, for the sum is an
-operation of its own.
+other without a barrier, for a collective waits for its slowest rank by itself. On a CPU each comes behind an MLP's
+products, as in a step: its threads must first be let run where there was computing, and that can take ten times as long
+as the collective. What is computed is not in its time.
+
+What is timed is what is dispatched: on gloo, whose reduce_scatter is an exchange and a sum
+(strategies/ops/collectives.py), the exchange, for the sum is an operation of its own.
 """
 
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
-from bench.instruments.timing import repeated
+from bench.instruments.timing import in_turn
 from conf import tiers
 from conf.clock import COLLECTIVES
 from conf.keys import Config
@@ -30,13 +34,21 @@ LEAST = 3  # times
 def measured(config: Config, strategy: Strategy) -> Iterator[Timed]:
     """A collective after the other; all ranks go through the same, their axes in the same order."""
     dtype = strategy.options.compute_dtype
+    before = [mlp(config, dtype)] if config.device == "cpu" else []
     for axis in axes(strategy):
         for kind in COLLECTIVES:
             for size in sizes(axis, dtype):
                 run = of_kind(kind, size, axis, dtype, strategy.mesh.device)
-                us = repeated(run, times(config, size), config.warmup, config.device)
+                *_, us = in_turn([*before, run], times(config, size), config.warmup, config.device)
                 name = str(dtype).removeprefix("torch.")
                 yield Timed(Work(kind, name, size, axis=axis.name, ranks=axis.size, hosts=hosts(config, axis)), us)
+
+
+def mlp(config: Config, dtype: torch.dtype) -> Callable[[], object]:
+    """The products of a block's MLP on seq_len tokens: what is computed between two collectives."""
+    dim, ffn_dim = config.model.dim, config.model.ffn_dim
+    x, up, down = (torch.randn(shape, dtype=dtype) for shape in ((config.seq_len, dim), (ffn_dim, dim), (dim, ffn_dim)))
+    return lambda: F.linear(F.linear(x, up) * F.linear(x, up), down)
 
 
 def axes(strategy: Strategy) -> list[Axis]:

@@ -8,23 +8,25 @@ of bench/instruments/flops.py, bytes those of conf/series.py.
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.instruments.timing import in_turn, repeated
 from bench.workloads.training import PRECISIONS
 from conf.keys import Config, ModelConfig
 from conf.measurement import Timed, Work
 from conf.series import moved
-from models.llama import RMSNorm, Rotary, SwiGLU, rope_tables
+from models.llama import Llama, RMSNorm, Rotary, SwiGLU, rope_tables
 from strategies.base import Strategy
 from strategies.ops.kernels import accumulator, merge
+from strategies.single import Single
 
 LENGTHS = 6  # of tokens, each half of the one before
-CALLS = 200  # of a tiny operation, timed together: fewer than a GPU's queue has room for
 Kernel = tuple[Work, Callable[[], object]]
 
 
@@ -39,7 +41,7 @@ def measured(config: Config, strategy: Strategy) -> Iterator[Timed]:
             dist.barrier()
         us = in_turn(runs, config.steps, config.warmup, config.device)
         yield from map(Timed, works, us)
-    yield time_of_a_call(config)
+    yield time_of_a_call(config, strategy)
 
 
 def kernels(config: Config, strategy: Strategy, tokens: int) -> Iterator[Kernel]:
@@ -138,20 +140,38 @@ def optimizer(elements: int, dtype: torch.dtype, device: str) -> Kernel:
     return Work("optimizer", name(dtype), moved("optimizer", elements, dtype.itemsize), str(elements)), adamw.step
 
 
-def time_of_a_call(config: Config) -> Timed:
-    """The host's time for one operation on one element: its clock, for a GPU is not waited for."""
-    x = torch.zeros(1, device=config.device)
+def time_of_a_call(config: Config, strategy: Strategy) -> Timed:
+    """The host's time for one operation and for what is around it in training: modules, views, autograd.
 
-    def calls() -> None:
-        for _ in range(CALLS):
-            x.add_(1)
+    Forward and backward of a model with nothing to compute, by the host's clock: a GPU is not waited for.
+    """
+    dtype = strategy.options.compute_dtype
+    small = replace(config.model, dim=64, n_layers=2, n_heads=1, n_kv_heads=1, head_dim=64, ffn_dim=64, vocab_size=64)
+    with torch.device(config.device):
+        model = Llama(small, Single(strategy.mesh, strategy.options), dtype).to(dtype)
+        tokens, positions = torch.zeros(1, 1, dtype=torch.int64), torch.arange(1)
 
+    def step() -> None:
+        model(tokens, tokens, positions).backward()
+
+    with Calls() as calls:
+        step()
     us = []
     for _ in range(config.warmup + config.steps):
         if config.device == "cuda":
             torch.cuda.synchronize()
-        us += repeated(calls, 1, 0, "cpu")
-    return Timed(Work("call", name(x.dtype), 0, "1"), [each / CALLS for each in us[config.warmup :]])
+        us += repeated(step, 1, 0, "cpu")
+    return Timed(Work("call", name(dtype), 0, "1"), [each / calls.n for each in us[config.warmup :]])
+
+
+class Calls(TorchDispatchMode):
+    """Counts operations that are no views."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.n += not func.is_view
+        return func(*args, **(kwargs or {}))
 
 
 def random(device: str, dtype: torch.dtype, *shape: int) -> Tensor:
