@@ -17,7 +17,7 @@ from analysis.accounts.letters import OF_AXES, Letters, whole
 from analysis.accounts.sent import total
 from analysis.peak import Held
 from analysis.predict import Step
-from analysis.prices import Machine, mesh_of
+from analysis.prices import Machine, Places, mesh_of
 from conf import meshes
 from conf.keys import Config, MeshConfig, StrategyConfig, keys
 from conf.words import divisors
@@ -75,25 +75,32 @@ class Space:
         places["kv_shared"] = np.maximum(1, places.tp // kv_heads)
         found = []
         for _, group in places.groupby([places[letter] == 1 for letter in ALONE], sort=False):
+            columns = {name: group[name].to_numpy() for name in group}
+            places_of = {axis: Places(columns[f"{axis} ranks"], columns[f"{axis} stride"]) for axis in GROUPS}
             known: dict[tuple[str, str], Any] = {}
             shares = bool((group.sharing > 1).any()) or name == "odysseus"  # or ZeRO has nothing to do
             for stage in self.values("zero_stage")[0 if shares else -1 :]:
-                found += [self.of_group(account, group, stage, again, known) for again in self.values("recompute")]
+                for again in self.values("recompute"):
+                    found.append(self.of_group(account, columns, places_of, stage, again, known))
         together = {column: np.concatenate([table[column] for table in found]) for column in found[0]}
         return pd.DataFrame(together).assign(strategy=name)
 
     def of_group(
-        self, account: Account, group: pd.DataFrame, stage: int, recompute: str, known: dict[tuple[str, str], Any]
+        self,
+        account: Account,
+        columns: Mapping[str, np.ndarray],
+        places: Mapping[str, Places],
+        stage: int,
+        recompute: str,
+        known: dict[tuple[str, str], Any],
     ) -> dict[str, np.ndarray]:
-        columns = {name: group[name].to_numpy() for name in group}
         sizes: dict[str, Any] = {name: columns[name] for name in (*OF_AXES.values(), "rho", "kv_shared", "L")}
         sizes |= {"layout": columns["layout"].astype(str), "stage": stage}
         sizes |= {"recompute": recompute == "block", "selective": recompute == "selective"}
         batch = np.maximum(1, whole(self.config.micro_batch_size / columns["dp"]))
         s = replace(Letters.of(self.config), B=batch, **sizes)
-        mesh = {axis: (columns[f"{axis} ranks"], columns[f"{axis} stride"]) for axis in GROUPS}
         offload = self.config.offload != "none" and recompute == "block"
-        times = Step(account, s, self.machine, mesh, offload, columns["links"], known=known).times()
+        times = Step(account, s, self.machine, places, offload, columns["links"], known=known).times()
         priced = {
             "step_ms": times.step,
             **times.parts,
@@ -104,7 +111,7 @@ class Space:
             "recompute": recompute,
         }
         same = {name: columns[name] for name in ("scenario", "layout", "placement", *OF_AXES.values(), "rho")}
-        return {**same, **{name: np.broadcast_to(value, len(group)) for name, value in priced.items()}}
+        return {**same, **{name: np.broadcast_to(value, batch.shape) for name, value in priced.items()}}
 
     # Meshes.
 

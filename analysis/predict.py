@@ -1,7 +1,7 @@
 """How long a step takes, in closed form: from a strategy's account, and from what its paper says runs beside what.
 
-    of_config(config)                                of a resolved configuration
-    Step(account, letters, machine, mesh).times()    of one, or of arrays of many
+    of_config(config)                                  of a resolved configuration
+    Step(account, letters, machine, places).times()    of one, or of arrays of many
 
 A second opinion on bench/simulation/replay.py, which watches the code: the two share a cluster's clock and nothing
 else. What is computed is derived by hand in computed.py; here is when, and what a rank waits for meanwhile.
@@ -9,9 +9,8 @@ What an account calls `beside` something costs the time by which it is longer; f
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -22,7 +21,7 @@ from analysis.accounts.letters import Amount, Letters
 from analysis.accounts.sent import Sent
 from analysis.accounts.weights import Group
 from analysis.computed import Computed
-from analysis.prices import NOTHING, Machine, Mesh, Places, Work, mesh_of
+from analysis.prices import NOTHING, Machine, Places, Work, mesh_of
 from conf import tiers
 from conf.clock import Clock
 from conf.keys import Config
@@ -81,7 +80,8 @@ def step_of(config: Config) -> "Step":
         raise UserError(none_of(config.strategy.name))
     s = Letters.of(config)
     mesh = mesh_of({axis: getattr(config.mesh, axis) or 1 for axis in AXES}, config.placement, s.kv_shared)
-    return Step(account, s, machine_of(config), mesh, config.offload != "none")
+    places = {axis: Places(*line) for axis, line in mesh.items()}
+    return Step(account, s, machine_of(config), places, config.offload != "none")
 
 
 def machine_of(config: Config) -> Machine:
@@ -95,7 +95,7 @@ def machine_of(config: Config) -> Machine:
 class Step(Computed):
     """A training step of the rank that has most to do."""
 
-    mesh: Mesh
+    places: Mapping[str, Places]  # of every axis
     offload: bool = False
     links: Amount = 1.0  # how many times as fast they are as the clock says
 
@@ -231,10 +231,6 @@ class Step(Computed):
 
     def us(self, line: Sent) -> Amount:
         return self.on.collective(line, self.places[line.axis]) / self.links
-
-    @cached_property
-    def places(self) -> dict[str, Places]:
-        return {axis: Places(*line) for axis, line in self.mesh.items()}
 
     def gathers(self, groups: list[Group]) -> Amount:
         """The weights of groups that travel one after the other."""

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from bench.simulation.fake import RememberingFakeMode
@@ -72,7 +71,14 @@ def touched(name: str, args: tuple, kwargs: dict, read: list[Tensor], out: Any) 
 
 
 def tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    """All that are in it; torch's tree_leaves takes ten times as long, in every operation."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, (list, tuple)):
+        return []
+    return [tensor for each in tree for tensor in tensors(each)]
 
 
 def size_of(tree: Any) -> int:

@@ -8,7 +8,7 @@ main stream.
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from conf.measurement import Span
 
@@ -78,7 +78,7 @@ class Streams:
     def mark(self, number: Hashable, of: Hashable) -> None:
         """Remember how far a stream or a lane is."""
         self.note(self.mark, number, of)
-        self.marks[number] = replace(self.moments[of])
+        self.marks[number] = Moment(self.moments[of].us, self.moments[of].waited_for)
 
     def wait(self, stream: Hashable, number: Hashable) -> None:
         """A stream stands still until what is marked is done."""
@@ -102,10 +102,13 @@ class Streams:
         tape, self.tape = self.tape, outer
         if outer is not None:
             outer.extend(tape)
-        later = carried(tape)
+        if times == 1:
+            return
+        later, wait = carried(tape), self.wait
+        again = [(act, (of[0], later.get(of[1], of[1])) if act == wait else of) for act, of in tape]
         for _ in range(times - 1):
-            for act, arguments in tape:
-                act(*(later.get(each, each) if act == self.wait else each for each in arguments))
+            for act, arguments in again:
+                act(*arguments)
 
     def note(self, act: Callable, *arguments: object) -> None:
         if self.tape is not None:
@@ -129,8 +132,9 @@ def carried(tape: list[tuple[Callable, tuple]]) -> dict[Hashable, Hashable]:
     """What is waited for and was launched before -> what is launched here and left in flight, in their order."""
     launched = [given[NUMBERED[act.__name__]] for act, given in tape if act.__name__ in NUMBERED]
     waited = [given[1] for act, given in tape if act.__name__ == "wait"]
-    before = [number for number in waited if isinstance(number, int) and number not in launched]
-    left = [number for number in launched if isinstance(number, int) and number not in waited]
+    here, seen = set(launched), set(waited)
+    before = [number for number in waited if isinstance(number, int) and number not in here]
+    left = [number for number in launched if isinstance(number, int) and number not in seen]
     return dict(zip(before, left, strict=False))
 
 
