@@ -49,7 +49,10 @@ class Strategy:
         raise NotImplementedError
 
     def core_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [B, S_local, H_tp, K], k and v [B, S_local, G_tp, K] -> [B, S_local, H_tp, K]: causal over all tokens."""
+        """q [B, S_local, H_tp, K], k and v [B, S_local, G_tp, K] -> [B, S_local, H_tp, K]
+
+        Over all tokens, as far as options.mask lets each see: those before it, of its document, within its window.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no core_attention, and workload=attention measures it")
 
     def mlp(self, mlp: nn.Module, x: Tensor) -> Tensor:
