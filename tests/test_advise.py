@@ -43,24 +43,15 @@ def config_of(words: str) -> Config:
     return resolve(configuration(["mode=simulate", *advise.AS_TRAINED, *JOB, *words.split()])).config
 
 
-def simulated(process: int, configs: list[Config]) -> list[int]:
-    found = []
-    for config in configs:
-        with standing_for(config.world_size - 1, config.world_size, config.device):
-            found.append(simulate.simulate(config, lambda text: None)[0].peak.total)
-    return found
-
-
-@pytest.fixture(scope="module")
-def peaks():
-    configs = [config_of(words) for words in HELD]
-    (found,) = on_ranks(1, simulated, configs, grouped=False)
-    return dict(zip(HELD, zip(configs, found, strict=True), strict=True))
+def simulated(process: int, config: Config) -> int:
+    with standing_for(config.world_size - 1, config.world_size, config.device):
+        return simulate.simulate(config, lambda text: None)[0].peak.total
 
 
 @pytest.mark.parametrize("words", HELD)
-def test_a_rank_holds_what_its_account_says(words: str, peaks):
-    config, counted = peaks[words]
+def test_a_rank_holds_what_its_account_says(words: str):
+    config = config_of(words)
+    (counted,) = on_ranks(1, simulated, config, grouped=False)
     account = account_of(config.strategy.name)
     held = Held(account, Letters.of(config), config.offload != "none").peak
     assert held == pytest.approx(counted, rel=WEIGHED)
