@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from analysis import predict
+from analysis.prices import Places
 from bench.simulation import simulate
 from conf import tiers
 from conf.compose import configuration
@@ -81,8 +82,9 @@ def test_an_array_of_configurations_is_each_of_them():
     words = [f"strategy=usp mesh.dp=2 mesh.ulysses={u} mesh.ring={32 // u} recompute=block" for u in (2, 4, 8, 16)]
     steps = [predict.step_of(config_of(each)) for each in words]
     letters = {name: np.array([getattr(step.s, name) for step in steps]) for name in ("u", "r", "rho")}
-    mesh = {axis: tuple(np.array([step.mesh[axis][i] for step in steps]) for i in range(2)) for axis in steps[0].mesh}
-    together = replace(steps[0], s=replace(steps[0].s, **letters), mesh=mesh, known={}).times()
+    lines = {axis: [line for step in steps for line in step.places[axis].kinds] for axis in steps[0].places}
+    places = {axis: Places(*np.array(of).T) for axis, of in lines.items()}
+    together = replace(steps[0], s=replace(steps[0].s, **letters), places=places, known={}).times()
     for i, step in enumerate(steps):
         alone = step.times()
         for lap in ("forward", "backward", "optimizer"):
@@ -95,7 +97,7 @@ def test_groups_lie_on_nodes_as_the_tiers_say(placement: str, kind: str):
     config = config_of(f"strategy=tp_usp mesh.tp=4 mesh.ulysses=4 mesh.ring=2 mesh.dp=2 placement={placement}")
     step = predict.step_of(config)
     for axis in ("dp", "tp", "ulysses", "ring", "zero", "world"):
-        ranks, stride = step.mesh[axis]
+        ((ranks, stride),) = step.places[axis].kinds
         assert step.on.group(kind, ranks, stride) == tiers.group_of(config, 0, axis, ranks, kind), axis
 
 
