@@ -1,16 +1,16 @@
 """Which attention kernel runs where."""
 
-import importlib.util
+from importlib import metadata
 
 from conf.words import Invalid
 
-PACKAGES = {  # of FlashAttention's versions, the module that has it
-    "flash_attn_3": "flash_attn_interface",
-    "flash_attn_4": "flash_attn.cute.interface",
-    "flash_attn": "flash_attn.flash_attn_interface",
+PACKAGES = {  # of FlashAttention's versions: as pip calls it, and its major version
+    "flash_attn_3": ("flash-attn-3", "3"),
+    "flash_attn_4": ("flash-attn-4", "4"),
+    "flash_attn": ("flash-attn", "2"),
 }
-GENERATIONS = {"flash_attn_3": (9,), "flash_attn_4": (9, 10, 11, 12)}  # of GPUs, where not all since Ampere's will do
-WIDEST = {"flash_attn_4": 128}  # head_dim, where not 256
+GPUS = {"flash_attn_3": "a Hopper GPU, ", "flash_attn_4": "a Hopper or Blackwell GPU, "}  # where not all since Ampere
+HOPPER, BLACKWELL = 9, (10, 11, 12)  # the first numbers of compute capabilities
 
 
 def kernel_that_runs(name: str, device: str, dtype: str, head_dim: int, generation: int = 0) -> str:
@@ -19,38 +19,40 @@ def kernel_that_runs(name: str, device: str, dtype: str, head_dim: int, generati
     generation: of the GPU, the first number of its compute capability. The fastest is the first: on Hopper
     FlashAttention-2 reaches half of what its successors do. Raises Invalid if the named kernel does not run there.
     """
-    flash_shape = device == "cuda" and dtype in ("float16", "bfloat16") and head_dim % 8 == 0 and head_dim <= 256
+    flash = device == "cuda" and dtype in ("float16", "bfloat16") and head_dim % 8 == 0 and head_dim <= 256
     able = {
-        **{
-            flash: flash_shape and head_dim <= WIDEST.get(flash, 256) and is_here(flash, generation)
-            for flash in PACKAGES
-        },
-        "sdpa": device == "cpu" or flash_shape,
+        "flash_attn_3": flash and generation == HOPPER and installed("flash_attn_3"),
+        "flash_attn_4": flash and tiles_of_4(generation, head_dim) and installed("flash_attn_4"),
+        "flash_attn": flash and installed("flash_attn"),
+        "sdpa": device == "cpu" or flash,
         "math": True,
     }
     if name == "auto":
         name = next(kernel for kernel, runs in able.items() if runs)
     if not able[name]:
         fits = ", ".join(kernel for kernel, runs in able.items() if runs)
-        most, where = WIDEST.get(name, 256), f"on {device} with {dtype} and head_dim {head_dim}"
+        needs = f" and the {PACKAGES[name][0]} package" if name in PACKAGES and not installed(name) else ""
         raise Invalid(
-            f"attention.kernel={name} needs CUDA, a 16-bit dtype, head_dim a multiple of 8 up to {most}"
-            f"{package_of(name)}; {where} these run: {fits}"
+            f"attention.kernel={name} needs CUDA, {GPUS.get(name, '')}a 16-bit dtype, head_dim a multiple of 8 up to "
+            f"256{needs}; on {device} with {dtype} and head_dim {head_dim} these run: {fits}"
         )
     return name
 
 
-def package_of(name: str) -> str:
-    if name not in PACKAGES:
-        return ""
-    of_gpu = f", a GPU of compute capability {GENERATIONS[name][0]}.0 or more" if name in GENERATIONS else ""
-    return f"{of_gpu} and the {name.replace('_', '-')} package"
+def tiles_of_4(generation: int, head_dim: int) -> bool:
+    """As its _validate_head_dims has it; what it does not look at, consumers' Blackwell, up to what all have."""
+    return generation == HOPPER or (
+        generation in BLACKWELL and (head_dim <= 128 or (head_dim == 256 and generation != 12))
+    )
 
 
-def is_here(name: str, generation: int) -> bool:
-    """Its package, and a GPU for it."""
+def installed(kernel: str) -> bool:
+    """Is a FlashAttention's package here? pip is asked, as to look for a module in a package imports that, and torch.
+
+    And flash-attn has a folder of an early flash-attn-4 in it. The major version is that of no placeholder on PyPI.
+    """
+    package, major = PACKAGES[kernel]
     try:
-        found = importlib.util.find_spec(PACKAGES[name]) is not None
-    except ModuleNotFoundError:  # of the package that the module is in
+        return metadata.version(package).split(".")[0] == major
+    except metadata.PackageNotFoundError:
         return False
-    return found and generation in GENERATIONS.get(name, (generation,))

@@ -36,25 +36,27 @@ class FlashAttention2:
     ) -> Grads:
         from flash_attn.flash_attn_interface import _flash_attn_backward
 
+        grad, (q, k, v, out) = grad.contiguous(), dense(q, k, v, out)
         grads = tuple(torch.empty_like(t) for t in (q, k, v))
         plain = {"dropout_p": 0.0, "softcap": 0.0, "alibi_slopes": None, "deterministic": False, "rng_state": None}
         mask = {"causal": causal, **window(q, k, causal, windowed)}
-        _flash_attn_backward(
-            grad.contiguous(), q, k, v, out, lse.contiguous(), *grads, softmax_scale=scale(q), **mask, **plain
-        )
+        _flash_attn_backward(grad, q, k, v, out, lse.contiguous(), *grads, softmax_scale=scale(q), **mask, **plain)
         return grads
 
 
 class FlashAttention3:
-    """flash-attn-3 (Shah et al. 2024), the folder hopper/ of flash-attention: H100 and its like."""
+    """flash-attn-3 (Shah et al. 2024), the folder hopper/ of flash-attention: H100 and its like.
+
+    Its operators are called: what Python around them takes is not the same in flash-attention 2.8.3 and after it.
+    """
 
     name = "flash_attn_3"
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, windowed: bool = False) -> tuple[Tensor, Tensor]:
-        from flash_attn_interface import _flash_attn_forward
+        import flash_attn_3._C  # noqa: F401 (registers them)
 
-        mask = {"causal": causal, **window(q, k, causal, windowed)}
-        out, lse, *_ = _flash_attn_forward(q, k, v, softmax_scale=scale(q), **mask)
+        mask = {"is_causal": causal, **window(q, k, causal, windowed)}
+        out, lse, *_ = torch.ops.flash_attn_3.fwd(*dense(q, k, v), softmax_scale=scale(q), num_splits=1, **mask)
         return out, lse
 
     def backward(
@@ -68,12 +70,12 @@ class FlashAttention3:
         causal: bool,
         windowed: bool = False,
     ) -> Grads:
-        from flash_attn_interface import _flash_attn_backward
+        import flash_attn_3._C  # noqa: F401
 
-        grads = tuple(torch.empty_like(t) for t in (q, k, v))
-        into = dict(zip(("dq", "dk", "dv"), grads, strict=True))
+        grad, (q, k, v, out) = grad.contiguous(), dense(q, k, v, out)
+        grads = tuple(torch.empty_like(t) for t in (q, k, v))  # versions differ in what they return
         mask = {"is_causal": causal, **window(q, k, causal, windowed)}
-        _flash_attn_backward(grad.contiguous(), q, k, v, out, lse.contiguous(), **into, softmax_scale=scale(q), **mask)
+        torch.ops.flash_attn_3.bwd(grad, q, k, v, out, lse.contiguous(), *grads, softmax_scale=scale(q), **mask)
         return grads
 
 
@@ -105,6 +107,11 @@ class FlashAttention4:
         mask = {"causal": causal, **window(q, k, causal, windowed, unbounded=None)}
         tensors = q, k, v, out, grad.contiguous(), lse.contiguous()
         return tuple(_flash_attn_bwd(*tensors, softmax_scale=scale(q), **mask)[:3])
+
+
+def dense(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Without gaps in the last dim, as the kernels want it, and gradients that are made like these."""
+    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
 
 
 def scale(q: Tensor) -> float:

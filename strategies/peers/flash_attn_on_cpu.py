@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
+from conf.kernels import installed
 from strategies.base import Options
 from strategies.ops.attention import attend
 
 
 def provide_flash_attn(options: Options) -> None:
     """Let `import flash_attn` find them, over options.kernel, unless the package itself is installed."""
-    if importlib.util.find_spec("flash_attn") is not None:
+    if installed("flash_attn"):
         return
 
     def forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, **_: Any) -> tuple[Tensor, Tensor, None, None]:

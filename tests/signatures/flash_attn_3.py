@@ -1,14 +1,14 @@
-"""The declarations that are called, of hopper/flash_attn_interface.py, without types."""
+"""The operators that are called, of hopper/flash_api_stable.cpp, without types."""
 
 
-def _flash_attn_forward(
+def fwd(
     q,
     k,
     v,
     k_new=None,
     v_new=None,
-    qv=None,
-    out_=None,
+    q_v=None,
+    out=None,
     cu_seqlens_q=None,
     cu_seqlens_k=None,
     cu_seqlens_k_new=None,
@@ -26,35 +26,35 @@ def _flash_attn_forward(
     k_descale=None,
     v_descale=None,
     softmax_scale=None,
-    causal=False,
+    is_causal=False,
     window_size_left=-1,
     window_size_right=-1,
     attention_chunk=0,
     softcap=0.0,
-    rotary_interleaved=True,
+    is_rotary_interleaved=False,
     scheduler_metadata=None,
-    num_splits=1,
+    num_splits=0,
     pack_gqa=None,
     sm_margin=0,
 ): ...
 
 
-def _flash_attn_backward(
+def bwd(
     dout,
     q,
     k,
     v,
     out,
     softmax_lse,
-    cu_seqlens_q=None,
-    cu_seqlens_k=None,
-    sequed_q=None,
-    sequed_k=None,
-    max_seqlen_q=None,
-    max_seqlen_k=None,
     dq=None,
     dk=None,
     dv=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    seqused_q=None,
+    seqused_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
     softmax_scale=None,
     is_causal=False,
     window_size_left=-1,
