@@ -120,8 +120,8 @@ def pick_kernel(config: Config) -> None:
 
 def generation(device: str) -> int:
     """The first number of the GPUs' compute capability; 0 of a CPU."""
-    if device == "cpu" or not count_gpus():
+    if device == "cpu":
         return 0
     import torch
 
-    return torch.cuda.get_device_capability()[0]
+    return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
