@@ -70,7 +70,7 @@ def documents(config: Config) -> list[int]:
 def ways(config: Config) -> Iterator[tuple[str, Shares]]:
     """One ring over all ranks in every layout, and a ring for each document."""
     for layout in ("contiguous", "zigzag", "balanced"):
-        fixed = replace(config, ring=RingConfig(layout))
+        fixed = replace(config, ring=RingConfig(layout, "needed"))
         if all(rule.value in rule.allowed for rule in meshes.rules(fixed)):
             (found,) = seen(replace(fixed, micro_batches=1), mask_of(config), 0)
             each = config.seq_len * config.batch_size / config.world_size

@@ -17,9 +17,7 @@ def deal(mask: Mask, seq_len: int, ring: int, options: RingConfig) -> np.ndarray
         positions = np.arange(seq_len)
         work = mask.seen(positions).sum(0).reshape(-1, size).sum(1)
         begin = mask.begin(positions[::size])  # [R, chunks]: where the documents begin that a chunk begins in
-        continues = np.any(
-            begin < positions[::size], axis=0
-        )  # is a chunk's first document the last one of the chunk before?
+        continues = np.any(begin < positions[::size], axis=0)  # does a chunk begin amid a document?
         mask.known[key] = dealt(work, continues, ring)
     return mask.known[key]
 

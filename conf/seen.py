@@ -5,7 +5,7 @@ A token sees the keys from its first one up to itself, whoever owns them.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 
@@ -18,7 +18,8 @@ from conf.mask import Mask
 class Seen:
     """Of a micro-batch of one ring. pairs [r]: of its queries and the keys that these see, by rank.
 
-    keys [r, r]: how many keys of the second rank the first one's queries see; of all its sequences together.
+    keys [r, r]: how many keys of the second rank the first one's queries see, of all its sequences together; 0 where
+    others travel too.
     """
 
     pairs: np.ndarray
@@ -48,7 +49,7 @@ def seen(config: Config, mask: Mask, dp: int) -> Iterator[Seen]:
     start, stop = size * dp // ways, size * (dp + 1) // ways
     for micro in range(config.micro_batches):
         here = mask.of(micro * size + start, micro * size + max(stop, start + 1))
-        key = "seen", config.seq_len, config.mesh.ring, config.ring.layout, config.ring.chunk, max(1, stop - start)
+        key = "seen", config.seq_len, config.mesh.ring, *astuple(config.ring), max(1, stop - start)
         if key not in here.known:
             here.known[key] = of_ring(config, here, max(1, stop - start))
         yield here.known[key]
@@ -60,7 +61,7 @@ def of_ring(config: Config, mask: Mask, sequences: int) -> Seen:
     times = sequences // len(first)  # each row stands for as many sequences
     pairs = times * np.bincount(owner, (tokens - first + 1).sum(0), minlength=ring)
     keys = np.zeros((ring, ring))
-    for rank in range(ring if ring > 1 else 0):
+    for rank in range(ring if config.ring.kv == "needed" else 0):  # else nobody asks, and it takes long
         mine = np.flatnonzero(owner == rank)
         for row in first:
             ends = np.bincount(row[mine], minlength=len(tokens) + 1) - np.bincount(mine + 1, minlength=len(tokens) + 1)
@@ -110,7 +111,7 @@ def of_rank(config: Config, mask: Mask, dp: int | None, ring: int | None) -> dic
 
 
 def work_max_by_mean(config: Config, mask: Mask) -> float:
-    """Of the pairs that ranks compute in a step, of the one with most over their mean."""
+    """Of the pairs that ranks compute in a step, of the one with most over their mean, counted token by token."""
     by_rank = [  # of dp x ring; along tp and ulysses all compute as much
         np.sum([micro.pairs for micro in seen(config, mask, dp)], axis=0) for dp in range(config.mesh.dp or 1)
     ]

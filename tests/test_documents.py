@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.accounts import differences, predicted
+from analysis.accounts import differences, predicted, work_max_by_mean
 from conf import seen
 from conf.dealing import deal
 from conf.documents import HISTOGRAM as SHIPPED
@@ -20,7 +20,7 @@ from conf.keys import (
     RingConfig,
     StrategyConfig,
 )
-from conf.mask import Mask, begins
+from conf.mask import PLAIN, Mask, begins
 from conf.words import Invalid
 from tests import instruments
 from tests.cases import Case, config_of, sized
@@ -207,3 +207,17 @@ def test_balanced_is_even_where_contiguous_is_not(ring):
             assert sorted(dealt.flatten()) == list(range(8 * ring))
     assert work["balanced"] <= 1.05
     assert work["contiguous"] > 2
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped"])
+@pytest.mark.parametrize(("dp", "batch_size", "micro_batches"), [(1, 3, 1), (2, 3, 1), (4, 2, 1), (2, 4, 2)])
+def test_how_even_the_causal_mask_is_by_formula_and_token_by_token(layout, dp, batch_size, micro_batches):
+    config = replace(
+        of_ring(4, 64, layout, DocumentsConfig()),
+        ring=RingConfig(layout),
+        mesh=MeshConfig(dp, 1, 1, 4),
+        world_size=4 * dp,
+        batch_size=batch_size,
+        micro_batches=micro_batches,
+    )
+    assert work_max_by_mean(config, PLAIN) == pytest.approx(seen.work_max_by_mean(config, PLAIN), rel=1e-12)

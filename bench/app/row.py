@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 
 from analysis import UserError
-from analysis.accounts import step_bytes, step_flops
+from analysis.accounts import step_bytes, step_flops, work_max_by_mean
 from bench.app import here, judge, records
 from bench.app.job import Job
 from bench.app.records import Row
@@ -19,7 +19,6 @@ from conf.keys import OF_A_MACHINE, Config, run_id
 from conf.measurement import Entry, Measured, Round
 from conf.meshes import PEERS
 from conf.resolve import Resolved, resolve
-from conf.seen import work_max_by_mean
 from conf.series import written
 from conf.words import Invalid
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conf.kernels import kernel_that_runs
-from strategies.ops.flash_attention import FlashAttention2, FlashAttention3, FlashAttention4, Grads, window
+from strategies.ops.flash_attention import FlashAttention2, FlashAttention3, FlashAttention4, Grads, dense, window
 
 aten = torch.ops.aten
 
@@ -80,8 +80,8 @@ class Math:
 
     def scores(self, q: Tensor, k: Tensor, causal: bool, windowed: bool) -> Tensor:
         """[B, G, H/G, Sq, Skv]"""
-        wide = torch.promote_types(q.dtype, torch.float32)
-        scores = torch.einsum("bqgrd,bkgd->bgrqk", self.grouped(q, k).to(wide), k.to(wide)) * q.shape[-1] ** -0.5
+        q_, k_ = self.grouped(q, k).to(wide(q.dtype)), k.to(wide(k.dtype))
+        scores = torch.einsum("bqgrd,bkgd->bgrqk", q_, k_) * q.shape[-1] ** -0.5
         if causal or windowed:
             scores = scores.masked_fill(hidden(q.shape[1], k.shape[1], causal, windowed, q.device), float("-inf"))
         return scores
@@ -222,7 +222,7 @@ class SdpaCuda:
 
 def heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
     """[B, S, H, K] -> [B, H, S, K], a view. torch's kernels read a last dim with gaps as if it had none."""
-    return tuple((t if t.stride(-1) == 1 else t.contiguous()).transpose(1, 2) for t in tensors)
+    return heads_swapped(*dense(*tensors))
 
 
 def heads_swapped(*tensors: Tensor) -> tuple[Tensor, ...]:
