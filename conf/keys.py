@@ -154,7 +154,20 @@ class RingConfig:
         "rank's queries see",
         choices=("rotate", "all_gather", "needed"),
     )
-    grad_dtype: str = key("fp32", "in which dK and dV travel", choices=("fp32", "same"))
+    backward: str = key(
+        "kv",
+        "of ring.kv=rotate, what travels in backward: kv: keys, values and their gradients | q: queries, what their "
+        "gradients need, and these (BurstAttention)",
+        choices=("kv", "q"),
+    )
+    inner: int | None = key(
+        None,
+        "of ring.kv=rotate: ranks of the rings inside an outer one (LoongTrain); null = one ring | of mesh_attention: "
+        "ranks of a row; null = as many as send least",
+        least=1,
+        most=MOST_RANKS,
+    )
+    grad_dtype: str = key("fp32", "in which dK and dV, or dQ, travel", choices=("fp32", "same"))
     chunk: int | None = key(
         None, "of ring.layout=balanced: tokens of a chunk; null = 1 / (8 ring) of the sequence", least=1, most=MOST
     )

@@ -89,6 +89,12 @@ def dealt_sequence(config: Config, degrees: Degrees) -> Rule:
     return Rule("seq_len", config.seq_len, f"must be a multiple of {names}: of {of}", multiples("seq_len", of))
 
 
+def arranged(config: Config, degrees: Degrees) -> Rule:
+    """Inner rings, or rows, of equally many ranks."""
+    ring = degrees["ring"]
+    return Rule("ring.inner", config.ring.inner or 1, f"must divide mesh.ring = {ring}", divisors(ring))
+
+
 Fill = Callable[[Config, int, list[str]], Degrees]
 
 
@@ -134,10 +140,13 @@ STRATEGIES = {
     "tp": Footing(("tp",), (heads,)),
     "tp_sp": Footing(("tp",), (heads, sequence)),
     "ulysses": Footing(("ulysses",), (heads, head_chunks, sequence)),
-    "ring": Footing(("ring",), (sequence,)),
-    "usp": Footing(("ulysses", "ring"), (heads, head_chunks, sequence), widest_ulysses),
-    "tp_usp": Footing(("tp", "ulysses", "ring"), (heads, heads_before_ulysses, head_chunks, sequence), two_for_each),
-    "odysseus": Footing(("tp", "ring"), (heads, sequence), widest_tp),
+    "ring": Footing(("ring",), (sequence, arranged)),
+    "usp": Footing(("ulysses", "ring"), (heads, head_chunks, sequence, arranged), widest_ulysses),
+    "tp_usp": Footing(
+        ("tp", "ulysses", "ring"), (heads, heads_before_ulysses, head_chunks, sequence, arranged), two_for_each
+    ),
+    "odysseus": Footing(("tp", "ring"), (heads, sequence, arranged), widest_tp),
+    "mesh_attention": Footing(("ring",), (sequence, arranged)),
 }
 
 
@@ -270,20 +279,31 @@ class Line:
         return range(first, first + self.size * self.stride, self.stride)
 
 
-def lines(degrees: Mapping[str, int], placement: str) -> dict[str, Line]:
-    """The axes as a placement lays them out, and `zero`: all ranks that hold different tokens (dp x ring x ulysses)."""
+def lines(degrees: Mapping[str, int], placement: str, inner: int | None = None) -> dict[str, Line]:
+    """The axes as a placement lays them out, and `zero`: all ranks that hold different tokens (dp x ring x ulysses).
+
+    With ring.inner also `inner`, as many neighbours of a ring, and `outer`, those of the ring at the same place there.
+    """
     found, stride = {}, 1
     for axis in reversed(PLACEMENTS[placement]):
         found[axis] = Line(degrees[axis], stride)
         stride *= degrees[axis]
+    if inner is not None:
+        ring = found["ring"]
+        found |= {"inner": Line(inner, ring.stride), "outer": Line(ring.size // inner, ring.stride * inner)}
     tp = found["tp"]  # at either end, so that the others are one line
     return {**found, "zero": Line(stride // tp.size, tp.size if tp.stride == 1 else 1)}
 
 
 def place(config: Config, rank: int) -> dict[str, int]:
     """Where a rank is along each axis."""
+    return {axis: line.place(rank) for axis, line in lines_of(config).items()}
+
+
+def lines_of(config: Config) -> dict[str, Line]:
+    """The axes of a resolved configuration."""
     degrees = {axis: getattr(config.mesh, axis) or 1 for axis in AXES}
-    return {axis: line.place(rank) for axis, line in lines(degrees, config.placement).items()}
+    return lines(degrees, config.placement, config.ring.inner)
 
 
 def check_context_parallel(config: Config) -> None:

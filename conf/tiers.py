@@ -16,7 +16,7 @@ tests/test_hosts.py holds the sums to what the kernel counts between two hosts.
 from conf.clock import Group
 from conf.keys import Config
 from conf.measurement import Entry, Host, Measured, Rank
-from conf.meshes import AXES, Line, lines
+from conf.meshes import Line, lines_of
 
 BY_PAIRS = {"cpu": ("all_to_all", "reduce_scatter"), "cuda": ("all_to_all",)}
 
@@ -83,5 +83,5 @@ def line_of(config: Config, axis: str, size: int) -> Line:
     axis = axis.removeprefix("mesh_")
     if axis == "world":
         return Line(config.world_size, stride=1)
-    found = lines({axis: getattr(config.mesh, axis) or 1 for axis in AXES}, config.placement)
+    found = lines_of(config)
     return Line(size, found["tp"].stride) if axis == "tp_replicas" else found[axis]

@@ -18,4 +18,4 @@ def build(
     name: str, degrees: dict[str, int], options: Options, device: str = "cpu", placement: str = "ulysses_inner"
 ) -> Strategy:
     """This rank's side of a strategy, on a mesh of as many ranks as the default process group has."""
-    return load(name)(Mesh.build(device, **degrees, placement=placement), options)
+    return load(name)(Mesh.build(device, **degrees, placement=placement, inner=options.ring.inner), options)

@@ -16,8 +16,6 @@ from bench.instruments.memory import MemoryLog
 from bench.instruments.step import Workload, run_step
 from conf.measurement import Entry, Peak, Predicted, Span
 from strategies.ops.hooks import every_hop, hooked
-from strategies.ops.mesh import Axis
-from strategies.ops.options import Options
 
 
 @dataclass
@@ -82,15 +80,18 @@ class Instruments(TorchDispatchMode):
             yield
 
 
-def all_hops(seen: Instruments, axis: Axis, options: Options) -> Iterable[int]:
-    return every_hop(axis, options)
+Hops = Callable[[Instruments, int, Callable[[int], Any]], Iterable[int]]
+
+
+def all_hops(seen: Instruments, n: int, sees: Callable[[int], Any]) -> Iterable[int]:
+    return every_hop(n, sees)
 
 
 def observe(
     training: Workload,
     batches: Iterable[Any],
     log: MemoryLog,
-    hops: Callable[[Instruments, Axis, Options], Iterable[int]] = all_hops,
+    hops: Hops = all_hops,
     alike: int = 1,
     others: Iterable[Instrument] = (),
 ) -> Observed:
@@ -103,7 +104,7 @@ def observe(
     options = training.strategy.options
     kernel, options.kernel = options.kernel, CountedKernel(options.kernel, counter)
     seen = Instruments(log, ledger, counter, *others)
-    around = hooked(hops=lambda axis, options: hops(seen, axis, options))
+    around = hooked(hops=lambda n, sees: hops(seen, n, sees))
 
     def reach(part: str) -> None:
         for instrument in seen.instruments:

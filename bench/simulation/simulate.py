@@ -28,15 +28,11 @@ from conf.clock import Clock
 from conf.documents import mask_of
 from conf.keys import Config
 from conf.measurement import Entry, Peak, Predicted
-from strategies.ops.layouts import Tile, tiles_of
-from strategies.ops.mesh import Axis
-from strategies.ops.options import Options
 
 DEPTHS = 4, 5, 6  # of the two that are extrapolated and the one that they must foretell
 LATER = 12  # layers after which a step takes for one more what it took for the one before, if it does not at DEPTHS
 STEADY = 1e-3  # of a layer's time
 EDGE = 2  # blocks at either end of the model that may differ from those between, because FSDP2 prefetches
-SHORT = 8  # tokens of a rank, with which it sees the same as with more, where it sees all that come before
 BLOCK = re.compile(r"blocks\.(-?\d+)")
 SIZES = "flops", "after_forward", "host_bytes"  # of all that was observed
 NOTHING: dict[str, Any] = {"calls": 0, "payload_bytes": 0, "sent_bytes": 0.0}
@@ -72,20 +68,12 @@ def padded(config: Config) -> bool:
     return config.zero_stage < 2 and config.model.dim % config.world_size != 0
 
 
-def alike_once(seen: Instruments, axis: Axis, options: Options) -> Iterator[int]:
+def alike_once(seen: Instruments, n: int, sees: Callable[[int], Any]) -> Iterator[int]:
     """Hops around a ring: those that are alike run a few times only, one of them counted for the others.
 
-    A hop is like the one before if it sees the same tile of the visiting block. The first two and the last of those
-    that are alike always run, because what is in flight beside them differs.
+    The first two and the last of those that are alike always run, because what is in flight beside them differs.
     """
-
-    def sees(hop: int) -> list[Tile]:
-        return tiles_of(axis.rank, (axis.rank - hop) % axis.size, axis.size, SHORT, options)
-
-    if not options.mask.plain or options.ring.layout == "balanced":
-        yield from range(axis.size)
-        return
-    for _, group in groupby(range(axis.size), sees):
+    for _, group in groupby(range(n), sees):
         alike = list(group)
         yield from alike[:2]
         if between := alike[2:-1]:

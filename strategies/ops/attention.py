@@ -13,10 +13,10 @@ from strategies.ops.options import Options
 
 
 def tiled_forward(q: Tensor, k: Tensor, v: Tensor, tiles: Sequence[Tile], kernel: Kernel) -> tuple[Tensor, Tensor]:
-    """out [B, S, H, K] and lse [B, H, S] of tiles in which every query is once."""
-    if len(tiles) == 1:
+    """out [B, S, H, K] and lse [B, H, S] of tiles in which every query is once, or in none: 0 and -inf."""
+    if whole(tiles, q, k):
         return kernel.forward(q, k, v, tiles[0].causal, tiles[0].windowed)
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=wide(q.dtype))
+    out, lse = torch.zeros_like(q), q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=wide(q.dtype))
     for tile in tiles:
         part = q[tile.queries], k[tile.keys], v[tile.keys]
         out[tile.queries], lse[tile.lse] = kernel.forward(*part, tile.causal, tile.windowed)
@@ -27,9 +27,9 @@ def tiled_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, tiles: Sequence[Tile], kernel: Kernel
 ) -> Grads:
     """The gradients of q, k and v; a key may be in several tiles, so those of k and v are summed in at least fp32."""
-    if len(tiles) == 1:
+    if whole(tiles, q, k):
         return kernel.backward(grad, q, k, v, out, lse, tiles[0].causal, tiles[0].windowed)
-    grad_q = torch.empty_like(q)
+    grad_q = torch.zeros_like(q)
     grad_k, grad_v = (torch.zeros_like(t, dtype=wide(t.dtype)) for t in (k, v))
     for tile in tiles:
         part = grad[tile.queries], q[tile.queries], k[tile.keys], v[tile.keys], out[tile.queries], lse[tile.lse]
@@ -37,6 +37,14 @@ def tiled_backward(
         grad_k[tile.keys].add_(of_k)
         grad_v[tile.keys].add_(of_v)
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
+def whole(tiles: Sequence[Tile], q: Tensor, k: Tensor) -> bool:
+    """Is all that there is one tile?"""
+    return len(tiles) == 1 and all(
+        (there.start or 0, there.stop) in ((0, n), (0, None))
+        for there, n in ((tiles[0].rows, len(q)), (tiles[0].q, q.shape[1]), (tiles[0].kv, k.shape[1]))
+    )
 
 
 class Attend(Function):

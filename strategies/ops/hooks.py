@@ -12,8 +12,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from strategies.ops.mesh import Axis
-
 
 @dataclass(frozen=True)
 class Meaning:
@@ -29,15 +27,15 @@ def nobody_listens(meaning: Meaning) -> AbstractContextManager:
     return nullcontext()
 
 
-def every_hop(axis: Axis, options: Any) -> Iterable[int]:
-    return range(axis.size)
+def every_hop(n: int, sees: Callable[[int], Any]) -> Iterable[int]:
+    return range(n)
 
 
 @dataclass
 class Hooks:
     announce: Callable[[Meaning], AbstractContextManager] = nobody_listens
     backend_of: Callable[[dist.ProcessGroup], str] = dist.get_backend
-    hops: Callable[[Axis, Any], Iterable[int]] = every_hop
+    hops: Callable[[int, Callable[[int], Any]], Iterable[int]] = every_hop  # of n, with what there is to do in each
 
 
 hooks = Hooks()

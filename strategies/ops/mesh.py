@@ -5,7 +5,7 @@ section 4: ulysses inside, ring outside; the orders are in conf/keys.py).
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -22,6 +22,7 @@ class Axis:
     rank: int = 0
     mesh: DeviceMesh | None = None  # of this axis alone
     stride: int = 1  # from one rank to the next
+    parts: tuple["Axis", "Axis"] | None = None  # of a ring with ring.inner: its inner and its outer axis
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -49,11 +50,20 @@ class Mesh:
 
     @classmethod
     def build(
-        cls, device: str, dp: int = 1, ring: int = 1, ulysses: int = 1, tp: int = 1, placement: str = "ulysses_inner"
+        cls,
+        device: str,
+        dp: int = 1,
+        ring: int = 1,
+        ulysses: int = 1,
+        tp: int = 1,
+        placement: str = "ulysses_inner",
+        inner: int | None = None,
     ) -> "Mesh":
         """Every rank calls this once, after init_process_group with dp * ring * ulysses * tp ranks."""
         degrees = {"dp": dp, "ring": ring, "ulysses": ulysses, "tp": tp}
-        axes = {name: axis_of(device, name, line) for name, line in lines(degrees, placement).items()}
+        axes = {name: axis_of(device, name, line) for name, line in lines(degrees, placement, inner).items()}
+        if inner is not None:
+            axes["ring"] = replace(axes["ring"], parts=(axes.pop("inner"), axes.pop("outer")))
         return cls(**axes, device=device)
 
 
