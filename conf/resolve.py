@@ -40,7 +40,9 @@ def resolve(written: Config) -> Resolved:
     fill_grad_dtype(config)
     check_offload(config)
     check_documents(resolved)
+    check_ring(config)
     meshes.fill(config)
+    fill_rows(config)
     check_batch(resolved)
     return resolved
 
@@ -174,8 +176,27 @@ def check_documents(resolved: Resolved) -> None:
         raise Invalid("documents.path is missing: documents=lengths reads the lengths of documents there")
     if documents.name in ("none", "eos") and documents.path is not None:
         resolved.notes.append(f"documents.path={documents.path} is not read, for {name}")
-    if config.ring.kv == "needed" and "ring" not in meshes.footing_of(config.strategy.name).axes:
-        raise Invalid(f"ring.kv=needed: strategy {config.strategy.name} has no ring axis; rotate would do")
+
+
+def check_ring(config: Config) -> None:
+    """Is there a ring for what was asked of it, and does something go around it?"""
+    name, ring = config.strategy.name, config.ring
+    asked = {"ring.kv": ring.kv == "needed" and ring.kv, "ring.backward": ring.backward == "q" and ring.backward}
+    asked["ring.inner"] = (ring.inner or 1) > 1 and ring.inner
+    for path, value in asked.items():
+        if value and "ring" not in meshes.footing_of(name).axes:
+            default = keys()[path].default or "null"
+            raise Invalid(f"{path}={value}: strategy {name} has no ring axis; {default} would do")
+        if value and path != "ring.kv" and ring.kv != "rotate" and name != "mesh_attention":
+            raise Invalid(f"{path}={value}: with ring.kv={ring.kv} nothing goes around the ring; rotate would do")
+
+
+def fill_rows(config: Config) -> None:
+    """Of mesh_attention: rows of as many ranks as send least, of queries along a row and of keys along a column."""
+    if config.strategy.name == "mesh_attention" and config.ring.inner is None:
+        ring, model = config.mesh.ring or 1, config.model
+        rho = model.n_kv_heads / model.n_heads
+        config.ring.inner = min(divisors(ring), key=lambda row: row + ring // row * rho)
 
 
 def fill_from_checkpoint(model: ModelConfig) -> None:

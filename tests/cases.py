@@ -38,6 +38,8 @@ class Case:
     packed: bool = False
     head_chunks: int = 1
     kv: str = "rotate"
+    backward: str = "kv"
+    inner: int | None = None
     placement: str = "ulysses_inner"
     recompute: str = "none"
     offload: str = "none"
@@ -57,7 +59,7 @@ class Case:
     def options(self) -> dict:
         """The strategy's options that differ from case to case."""
         return {
-            "ring": RingConfig(self.layout, self.kv),
+            "ring": RingConfig(self.layout, self.kv, self.backward, self.inner),
             "ulysses": UlyssesConfig(self.packed, self.head_chunks),
             "zero_stage": self.zero_stage,
         }
@@ -92,6 +94,7 @@ class Case:
         chunks = f"chunks {self.mlp_chunks},{self.loss_chunks}" if max(self.mlp_chunks, self.loss_chunks) > 1 else ""
         heads = f"head chunks {self.head_chunks}" if self.head_chunks > 1 else ""
         variant = ("packed" if self.packed else "", heads, self.kv.removeprefix("rotate"))
+        variant = (*variant, "queries travel" if self.backward == "q" else "", f"inner{self.inner}" * bool(self.inner))
         micro = f"micro batches {self.micro_batches}" if self.micro_batches > 1 else ""
         variant = (*variant, micro, self.recompute.removeprefix("none"), chunks)
         variant = (*variant, "offload" if self.offload != "none" else "")
@@ -111,7 +114,15 @@ def cases(world_size: int) -> list[Case]:
     for ulysses, layout in itertools.product((u for u in range(1, n + 1) if n % u == 0), LAYOUTS):
         if ulysses < n or layout == "zigzag":
             found.append(Case("usp", ulysses=ulysses, ring=n // ulysses, layout=layout))
+    found += [Case("mesh_attention", ring=n, inner=c) for c in (1, 2, 4, 8) if n % c == 0]
     if n == 4:
+        found += [Case("mesh_attention", ring=4, inner=2, layout=layout) for layout in LAYOUTS if layout != "zigzag"]
+        found += [Case("mesh_attention", dp=2, ring=2, inner=2, zero_stage=1)]
+        found += [Case("mesh_attention", ring=4, inner=2, recompute="block", mlp_chunks=2)]
+        found += [Case("ring", ring=4, layout=layout, backward="q") for layout in LAYOUTS]
+        found += [Case("ring", ring=4, layout=layout, inner=2) for layout in LAYOUTS]
+        found += [Case("ring", ring=4, inner=c, backward="q") for c in (1, 4)]
+        found += [Case("usp", ulysses=2, ring=2, backward="q", head_chunks=2)]
         found += [Case(name, dp=2, tp=2) for name in ("tp", "tp_sp", "odysseus")]
         found += [Case("ulysses", dp=2, ulysses=2), Case("ring", dp=2, ring=2)]
         found += [Case("tp_usp", tp=4), Case("tp_usp", ulysses=4), Case("tp_usp", tp=2, ulysses=2)]
@@ -140,6 +151,9 @@ def cases(world_size: int) -> list[Case]:
         found += [Case("zero", dp=4, **away), Case("usp", ulysses=2, ring=2, mlp_chunks=2, loss_chunks=2, **away)]
         found += [Case("tp", tp=4, **away), Case("tp_sp", dp=2, tp=2, **away), Case("odysseus", tp=2, ring=2, **away)]
     if n == 8:
+        found += [Case("ring", ring=8, inner=c, backward=way) for c in (2, 4) for way in ("kv", "q")]
+        found += [Case("usp", ulysses=2, ring=4, inner=2, placement="ring_inner")]
+        found += [Case("tp_usp", tp=2, ring=4, inner=2), Case("odysseus", tp=2, ring=4, inner=2, backward="q")]
         found += [Case("tp_usp", tp=2, ulysses=2, ring=2, layout=layout) for layout in LAYOUTS]
         found += [Case("usp", dp=2, ulysses=2, ring=2), Case("odysseus", dp=2, tp=2, ring=2)]
         found += [Case("tp_usp", dp=2, tp=2, ring=2)]
@@ -168,6 +182,9 @@ MASKED = [  # the same with documents and windows
     *(replace(case, documents=True) for case in NEEDED if case.world_size == 4),
     *(Case("ring", ring=4, layout=layout, kv=kv, documents=True, window=7) for layout in LAYOUTS for kv in KV),
     *(Case("ring", ring=4, layout=layout, kv="needed", window=21) for layout in LAYOUTS),
+    *(Case("mesh_attention", ring=4, inner=2, layout=layout, documents=True, window=7) for layout in LAYOUTS),
+    Case("ring", ring=4, backward="q", documents=True),
+    Case("ring", ring=4, inner=2, layout="balanced", documents=True),
     Case("zero", dp=4, documents=True),
     Case("tp", tp=4, documents=True),
     Case("tp_sp", dp=2, tp=2, documents=True, window=9),
@@ -202,7 +219,7 @@ def config_of(
         strategy=StrategyConfig(case.strategy),
         mesh=MeshConfig(**case.degrees),
         world_size=case.world_size,
-        ring=RingConfig(case.layout, case.kv, ring_grad_dtype),
+        ring=RingConfig(case.layout, case.kv, case.backward, case.inner, ring_grad_dtype),
         ulysses=UlyssesConfig(case.packed, case.head_chunks),
         model=sized(**sizes),
         mlp=MlpConfig(case.mlp_chunks),
