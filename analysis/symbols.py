@@ -12,13 +12,14 @@ from analysis.accounts.letters import OF_AXES, Amount, Letters
 from analysis.accounts.sent import SHORT, Sent, total
 from conf import meshes
 
-NAMES = "B L d i h h_kv V N dp tp u r rho e e_g H n_layers"
+NAMES = "B L d i h h_kv V N dp tp u r c rho e e_g H n_layers"
 SYMBOLS = {name: sympy.Symbol(name, positive=True) for name in NAMES.split()}
 LEGEND = {
     "B, L": "sequences of a dp rank, tokens of a sequence",
     "d, i, V": "hidden size, MLP size, vocabulary",
     "h, h_kv": "heads, kv heads (tp is taken to divide h_kv)",
     "N": "ranks, on the strategy's one axis; tp, u (ulysses), r (ring) where it has several; dp in front of them all",
+    "c": "ranks of an inner ring (ring.inner), or of a row",
     "H": "keys of other ranks that a rank's queries see, of all its sequences together",
     "rho": "copies of a kv head: max(1, u tp / h_kv)",
     "e, e_g": "bytes of an element; of a travelling dK or dV (4 unless ring.grad_dtype=same)",

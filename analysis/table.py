@@ -105,13 +105,14 @@ def cells_of(row: symbols.Row, format: str) -> dict[str, str]:
         "forward": symbols.collectives(lines, "forward"),
         "backward": symbols.collectives(lines, "recompute", "backward", "optimizer"),
         **{name: written(size, format) for name, size in sizes.items()},
-        **({} if row.variant else published(row.account)),
+        **published(row),
     }
 
 
-def published(account: Account) -> dict[str, str]:
+def published(row: symbols.Row) -> dict[str, str]:
     cells = {}
-    for number, known in enumerate(account.published, 1):
+    about_it = [known for known in row.account.published if known.variant == row.variant]
+    for number, known in enumerate(about_it, 1):
         why = f"Differs: {known.differs}" if known.differs else "Agrees"
         sizes = f"activations {known.activations or '-'}, weights {known.weights or '-'}, memory {known.memory}"
         cells[f"published {number}"] = f"{known.source}: {known.collectives}; {sizes}. {why}"

@@ -59,7 +59,10 @@ def of_ring(config: Config, mask: Mask, sequences: int) -> Seen:
     ring, tokens = config.mesh.ring or 1, np.arange(config.seq_len)
     owner, first = owners(config, mask), mask.first(tokens)
     times = sequences // len(first)  # each row stands for as many sequences
-    pairs = times * np.bincount(owner, (tokens - first + 1).sum(0), minlength=ring)
+    if config.strategy.name == "mesh_attention":
+        pairs = times * of_grid(owner, first, config.ring.inner or 1, ring)
+    else:
+        pairs = times * np.bincount(owner, (tokens - first + 1).sum(0), minlength=ring)
     keys = np.zeros((ring, ring))
     for rank in range(ring if config.ring.kv == "needed" else 0):  # else nobody asks, and it takes long
         mine = np.flatnonzero(owner == rank)
@@ -67,6 +70,16 @@ def of_ring(config: Config, mask: Mask, sequences: int) -> Seen:
             ends = np.bincount(row[mine], minlength=len(tokens) + 1) - np.bincount(mine + 1, minlength=len(tokens) + 1)
             keys[rank] += times * np.bincount(owner[np.cumsum(ends)[:-1] > 0], minlength=ring)
     return Seen(pairs, keys)
+
+
+def of_grid(owner: np.ndarray, first: np.ndarray, row: int, ring: int) -> np.ndarray:
+    """[r]: pairs of a rank whose row owns the query and whose column owns the key."""
+    pairs = np.empty(ring)
+    for column in range(row):
+        before = np.concatenate([[0], np.cumsum(owner % row == column)])  # the column's keys before each token
+        seen = (before[1:] - before[first]).sum(0)
+        pairs[column::row] = np.bincount(owner // row, seen, minlength=ring // row)
+    return pairs
 
 
 def owners(config: Config, mask: Mask) -> np.ndarray:

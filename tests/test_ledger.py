@@ -92,7 +92,15 @@ def block_form(case: Case, n_kv_heads: int, batch: int, seq_len: int, e: int) ->
         add("recompute", "all_to_all", again * exchanges, again * exchanged)
     if r > 1:
         hop = 2 * kv
-    if r > 1 and case.kv == "all_gather":
+    if case.strategy == "mesh_attention":
+        in_row, in_column, lse = case.inner - 1, r // case.inner - 1, tokens * SIZES["n_heads"] * 4
+        rows, columns = int(in_row > 0), int(in_column > 0)
+        for phase, times in (("forward", 1), ("recompute", again)):
+            add(phase, "all_gather", times * (rows + columns), times * (in_row * q + in_column * hop))
+            add(phase, "all_to_all", times * 2 * rows, times * in_row * (q + lse))
+        add("backward", "all_gather", 2 * rows + columns, in_row * (3 * q + lse) + in_column * hop)
+        add("backward", "reduce_scatter", rows + columns, (in_row * q + in_column * hop) * E_GRAD / e)
+    elif r > 1 and case.kv == "all_gather":
         add("forward", "all_gather", 1, (r - 1) * hop)
         add("backward", "all_gather", 1, (r - 1) * hop)
         add("backward", "reduce_scatter", 1, (r - 1) * hop * E_GRAD / e)
@@ -100,7 +108,11 @@ def block_form(case: Case, n_kv_heads: int, batch: int, seq_len: int, e: int) ->
     elif r > 1:
         hops = case.head_chunks * (r - 1)
         add("forward", "p2p", hops, (r - 1) * hop)
-        add("backward", "p2p", 2 * hops, (r - 1) * (hop + hop * E_GRAD / e))
+        if case.backward == "q":
+            numbers = 2 * tokens * SIZES["n_heads"] / tp * 4
+            add("backward", "p2p", 3 * hops, (r - 1) * (2 * q + numbers + q * E_GRAD / e))
+        else:
+            add("backward", "p2p", 2 * hops, (r - 1) * (hop + hop * E_GRAD / e))
         add("recompute", "p2p", again * hops, again * (r - 1) * hop)
     if tp > 1:  # replicated weights' gradients travel once a step for all blocks: no call of the block's own
         shared = 2 * d if case.strategy in ("tp_sp", "tp_usp", "odysseus") else 0
@@ -179,6 +191,9 @@ COSTED = [
     Case("ulysses", dp=2, ulysses=2, head_chunks=2),
     Case("ring", ring=4),
     Case("ring", ring=4, kv="all_gather"),
+    Case("ring", ring=4, inner=2),
+    Case("ring", ring=4, backward="q"),
+    Case("mesh_attention", ring=4, inner=2),
     Case("usp", ulysses=2, ring=2),
     Case("usp", ulysses=2, ring=2, head_chunks=2),
     Case("tp_usp", tp=2, ulysses=2),

@@ -90,7 +90,8 @@ def work_max_by_mean(config: Config, mask: Mask) -> float:
     s = Letters.of(config)
     sequences = [max(1, part(config.micro_batch_size, s.dp, {"dp": rank}, "dp")) for rank in range(s.dp)]
     mean = sum(sequences) / s.dp * s.h / (s.tp * s.u) * s.L * (s.L + 1) / 2 / s.r
-    return float(pairs(s) / mean)
+    account = account_of(config.strategy.name)
+    return float((account.pairs if account else pairs)(s) / mean)
 
 
 def differences(config: Config, rank: int, comm: Iterable[Mapping], flops: int, mask: Mask | None = None) -> list[str]:

@@ -18,7 +18,7 @@ Exchange = Callable[[Letters], list[Sent]]
 
 def kept_by_kernel(s: Letters) -> Amount:
     """What attention's backward needs: q, out, k and v, and the log-sum-exp of every head."""
-    return 2 * s.q + 2 * s.kv + s.tokens * s.h / s.tp * WIDE
+    return 2 * s.q + 2 * s.kv + s.numbers
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,8 @@ class Letters:
     tied: bool = False
     clipping: bool = True
     needed: bool = False
+    queries: bool = False  # travel in backward, not keys
+    inner: Amount = None  # ranks of an inner ring, or of a row, where there are any
     layout: str = "zigzag"
     seen: Mapping[str, Amount] | None = None  # pairs and keys of a rank, where they have no closed form (conf/seen.py)
     at: Mapping[str, int] | None = None  # its place along each axis, and along `zero`
@@ -128,6 +130,8 @@ class Letters:
             head_chunks=config.ulysses.chunks,
             gather_kv=config.ring.kv == "all_gather",
             needed=config.ring.kv == "needed",
+            queries=config.ring.backward == "q",
+            inner=config.ring.inner,
             seen=seen,
             tied=model.tie_embeddings,
             clipping=config.optim.grad_clip is not None,
@@ -159,6 +163,11 @@ class Letters:
     def token_kv(self) -> Amount:
         """Bytes of a token's keys, and of its values, where a rank of the ring computes."""
         return self.rho * self.kv_heads / self.u * self.K * self.e
+
+    @property
+    def numbers(self) -> Amount:
+        """Bytes of one number, as lse, for each of a rank's queries and heads."""
+        return self.tokens * self.h / self.tp * WIDE
 
     @property
     def kv_heads(self) -> Amount:

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 ODYSSEUS = "Fang 2024, Odysseus, README, table"
 USP = "Fang and Zhao 2024, USP, table 2"
 MEGATRON = "Korthikanti et al. 2022, section 4"
+BURST = "Sun et al. 2024, BurstAttention, arXiv 2403.09347"
+LOONGTRAIN = "Gu et al. 2024, LoongTrain, arXiv 2406.18485"
+MESH_ATTENTION = "Chen et al. 2025, Mesh-Attention, arXiv 2512.20968"
 ZERO = "Rajbhandari et al. 2020, ZeRO, section 7"
 
 
@@ -22,3 +25,4 @@ class Published:
     weights: str = ""
     memory: str = "1/N"
     differs: str = ""  # why ours is another, in one line
+    variant: str = ""  # the row of the cost table that it is beside

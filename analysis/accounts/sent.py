@@ -54,8 +54,8 @@ def all_reduce(phase: str, p: Amount, size: Amount, of: str, calls: Amount = 1, 
     return Sent(phase, "all_reduce", of, calls, 2 * f(p) * size, **fields)
 
 
-def all_to_all(phase: str, p: Amount, size: Amount, of: str, calls: Amount) -> Sent:
-    return Sent(phase, "all_to_all", of, calls, f(p) * size, axis="ulysses")
+def all_to_all(phase: str, p: Amount, size: Amount, of: str, calls: Amount, axis: str = "ulysses") -> Sent:
+    return Sent(phase, "all_to_all", of, calls, f(p) * size, axis=axis)
 
 
 def something(lines: Iterable[Sent]) -> list[Sent]:
