@@ -181,8 +181,11 @@ def check_documents(resolved: Resolved) -> None:
 def check_ring(config: Config) -> None:
     """Is there a ring for what was asked of it, and does something go around it?"""
     name, ring = config.strategy.name, config.ring
-    asked = {"ring.kv": ring.kv == "needed" and ring.kv, "ring.backward": ring.backward == "q" and ring.backward}
-    asked["ring.inner"] = (ring.inner or 1) > 1 and ring.inner
+    asked = {
+        "ring.kv": ring.kv if ring.kv == "needed" else None,
+        "ring.backward": ring.backward if ring.backward == "q" else None,
+        "ring.inner": ring.inner,
+    }
     for path, value in asked.items():
         if value and "ring" not in meshes.footing_of(name).axes:
             default = keys()[path].default or "null"

@@ -13,16 +13,20 @@ from conf.dealing import deal
 from conf.keys import Config
 from conf.mask import Mask
 
+FORWARD = 4 / 14  # of what a pair costs (Dao 2023, section 3.1)
+
 
 @dataclass(frozen=True)
 class Seen:
-    """Of a micro-batch of one ring. pairs [r]: of its queries and the keys that these see, by rank.
+    """Of a micro-batch of one ring. pairs [r]: of a query and a key that it sees, by the rank that computes it forward;
+    backward [r]: and by the one that does so there.
 
     keys [r, r]: how many keys of the second rank the first one's queries see, of all its sequences together; 0 where
     others travel too.
     """
 
     pairs: np.ndarray
+    backward: np.ndarray
     keys: np.ndarray
 
     @property
@@ -63,13 +67,18 @@ def of_ring(config: Config, mask: Mask, sequences: int) -> Seen:
         pairs = times * of_grid(owner, first, config.ring.inner or 1, ring)
     else:
         pairs = times * np.bincount(owner, (tokens - first + 1).sum(0), minlength=ring)
+    backward = pairs
+    if config.ring.backward == "q":  # where the key is
+        ends = sum(np.bincount(row, minlength=len(tokens)) for row in first)  # queries that begin to see a key
+        seen = np.cumsum(ends) - len(first) * tokens  # no query sees what comes after it
+        backward = times * np.bincount(owner, seen, minlength=ring)
     keys = np.zeros((ring, ring))
     for rank in range(ring if config.ring.kv == "needed" else 0):  # else nobody asks, and it takes long
         mine = np.flatnonzero(owner == rank)
         for row in first:
             ends = np.bincount(row[mine], minlength=len(tokens) + 1) - np.bincount(mine + 1, minlength=len(tokens) + 1)
             keys[rank] += times * np.bincount(owner[np.cumsum(ends)[:-1] > 0], minlength=ring)
-    return Seen(pairs, keys)
+    return Seen(pairs, backward, keys)
 
 
 def of_grid(owner: np.ndarray, first: np.ndarray, row: int, ring: int) -> np.ndarray:
@@ -113,6 +122,7 @@ def of_rank(config: Config, mask: Mask, dp: int | None, ring: int | None) -> dic
             found.append(
                 {
                     "pairs": sum(of.pairs[rank] for of in micro) / n,
+                    "pairs_backward": sum(of.backward[rank] for of in micro) / n,
                     "sent": sum(sent) / n,
                     "received": sum(received) / n,
                     "sends": sum(keys > 0 for keys in sent) / n,
@@ -120,12 +130,14 @@ def of_rank(config: Config, mask: Mask, dp: int | None, ring: int | None) -> dic
                 }
             )
     most = max(found, key=lambda rank: rank["sent"] + rank["received"])
-    return {**most, "pairs": max(rank["pairs"] for rank in found)}
+    works = max(found, key=lambda rank: FORWARD * rank["pairs"] + (1 - FORWARD) * rank["pairs_backward"])
+    return {**most, **{name: works[name] for name in ("pairs", "pairs_backward")}}
 
 
 def work_max_by_mean(config: Config, mask: Mask) -> float:
-    """Of the pairs that ranks compute in a step, of the one with most over their mean, counted token by token."""
+    """Of what ranks compute in a step, that of the one with most over their mean, counted token by token."""
     by_rank = [  # of dp x ring; along tp and ulysses all compute as much
-        np.sum([micro.pairs for micro in seen(config, mask, dp)], axis=0) for dp in range(config.mesh.dp or 1)
+        np.sum([FORWARD * micro.pairs + (1 - FORWARD) * micro.backward for micro in seen(config, mask, dp)], axis=0)
+        for dp in range(config.mesh.dp or 1)
     ]
     return float(np.max(by_rank) / np.mean(by_rank))

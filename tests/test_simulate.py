@@ -38,6 +38,9 @@ LONG_RINGS = [
     *(Case("usp", ulysses=2, ring=5, layout=layout) for layout in LAYOUTS),
     Case("tp_usp", tp=2, ring=6, layout="striped", recompute="block"),
     Case("odysseus", tp=2, ring=7),
+    *(Case("ring", ring=12, layout=layout, inner=2) for layout in LAYOUTS),
+    *(Case("ring", ring=12, layout=layout, inner=3, backward="q") for layout in ("contiguous", "zigzag")),
+    Case("ring", ring=8, layout="striped", backward="q"),
 ]
 
 

@@ -12,13 +12,14 @@ from typing import Any
 from analysis import UserError
 from analysis.accounts.account import Account
 from analysis.accounts.comparison import compared
-from analysis.accounts.flops import pairs
+from analysis.accounts.flops import PAIR, PAIR_BACKWARD
 from analysis.accounts.letters import Letters, part
 from analysis.accounts.sent import Sent, total
 from conf import seen
 from conf.keys import Config
 from conf.mask import Mask
 
+WORK = PAIR + PAIR_BACKWARD  # of a pair
 EXACT = 1e-12  # of whole numbers, as far as floating point has them
 
 
@@ -84,14 +85,14 @@ def step_flops(config: Config, rank: int | None = None, mask: Mask | None = None
 
 
 def work_max_by_mean(config: Config, mask: Mask) -> float:
-    """Of attention: the pairs of the rank that has most, over the ranks' mean."""
+    """Of attention, forward and backward: what the rank that has most computes, over the ranks' mean."""
     if seen.special(config):
         return seen.work_max_by_mean(config, mask)
     s = Letters.of(config)
     sequences = [max(1, part(config.micro_batch_size, s.dp, {"dp": rank}, "dp")) for rank in range(s.dp)]
     mean = sum(sequences) / s.dp * s.h / (s.tp * s.u) * s.L * (s.L + 1) / 2 / s.r
-    account = account_of(config.strategy.name)
-    return float((account.pairs if account else pairs)(s) / mean)
+    account = account_of(config.strategy.name) or Account()
+    return float(account.flops_of_attention(s, True) / (WORK * s.K * mean))
 
 
 def differences(config: Config, rank: int, comm: Iterable[Mapping], flops: int, mask: Mask | None = None) -> list[str]:

@@ -6,6 +6,8 @@ output) and 10 K backward (Dao 2023, section 3.1).
 
 from collections.abc import Iterable
 
+import numpy as np
+
 from analysis.accounts.letters import Amount, Letters
 from analysis.accounts.weights import Group
 
@@ -23,17 +25,32 @@ def of_matrices(groups: Iterable[Group], s: Letters) -> Amount:
     )
 
 
-def pairs(s: Letters) -> Amount:
-    """Of a block, over a rank's heads: among its 1/r of the tokens, and with what these see of the others'."""
+def of_attention(s: Letters, backward: bool) -> Amount:
+    """Of a block. Where queries travel in backward, a rank does then what others see of its keys."""
+    if not (backward and s.queries):
+        return (PAIR + backward * PAIR_BACKWARD) * s.K * pairs(s)
+    if s.seen is not None:
+        return s.K * s.h / (s.tp * s.u) * (PAIR * s.seen["pairs"] + PAIR_BACKWARD * s.seen["pairs_backward"])
+    places = (0, s.r - 1) if s.at is None else (s.at["ring"],)  # the most has one at an end
+    found = [s.K * (PAIR * pairs(s, at) + PAIR_BACKWARD * pairs(s, s.r - 1 - at)) for at in places]
+    return np.maximum(found[0], found[-1])
+
+
+def pairs(s: Letters, before: Amount = None) -> Amount:
+    """Of a block, over a rank's heads: among its 1/r of the tokens, and with what these see of the others'.
+
+    before: of how many ranks the first token is before this one's; if it is not said, of as many as there are.
+    """
     if s.seen is not None:
         return s.h / (s.tp * s.u) * s.seen["pairs"]
     n = s.L / s.r
-    return s.B * s.h / (s.tp * s.u) * (n * (n + 1) / 2 + visiting(s, n))
+    if before is None:
+        before = s.r - 1 if s.at is None else s.at["ring"]
+    return s.B * s.h / (s.tp * s.u) * (n * (n + 1) / 2 + visiting(s, n, before))
 
 
-def visiting(s: Letters, n: Amount) -> Amount:
+def visiting(s: Letters, n: Amount, before: Amount) -> Amount:
     """Pairs with the keys of the other ranks of the ring, n of each (strategies/ops/layouts.py)."""
-    before = s.r - 1 if s.at is None else s.at["ring"]  # ranks whose first token is before this one's
     after = s.r - 1 - before
     if s.layout == "contiguous":
         return before * n * n

@@ -37,17 +37,16 @@ def exchanges(s: Letters) -> list[Sent]:
     ]
 
 
-def pairs(s: Letters) -> Amount:
-    """A rank (i, j) sees of as many blocks what comes before its queries as rank c i + c - 1 - j of a ring."""
-    if s.at is None:
-        return flops.pairs(s)
-    i, j = s.at["outer"], s.at["inner"]
-    return flops.pairs(replace(s, at={**s.at, "ring": s.inner * i + s.inner - 1 - j}))
+def of_attention(s: Letters, backward: bool) -> Amount:
+    """Of as many pairs of its blocks does a rank (i, j) see all as rank c i + c - 1 - j of a ring."""
+    if s.at is not None:
+        s = replace(s, at={**s.at, "ring": s.inner * (s.at["outer"] + 1) - 1 - s.at["inner"]})
+    return flops.of_attention(s, backward)
 
 
 ACCOUNT = Account(
     attention=(exchanges,),
-    pairs=pairs,
+    flops_of_attention=of_attention,
     rows={"": {"inner": "c"}},
     published=(
         Published(

@@ -35,17 +35,31 @@ def unlike_ranks(config: Config) -> list[int]:
         return busiest_ranks(config)
     last = {
         "dp": config.micro_batch_size > mesh["dp"] and config.micro_batch_size % mesh["dp"] > 0,
-        "ring": True,
         "ulysses": False,
         "tp": any(size % mesh["tp"] for size in (model.vocab_size, model.ffn_dim)),
     }
-    rank = 0
-    for axis in PLACEMENTS[config.placement]:
-        rank = rank * mesh[axis] + (mesh[axis] - 1 if last[axis] else 0)
+    found = set()
+    for ring in ends_of_ring(config):
+        rank = 0
+        for axis in PLACEMENTS[config.placement]:
+            rank = rank * mesh[axis] + (ring if axis == "ring" else mesh[axis] - 1 if last[axis] else 0)
+        found.add(rank)
     rows = {model.dim, model.vocab_size, model.ffn_dim}
     rows |= {n_heads * (model.head_dim or 1) for n_heads in (model.n_heads, model.n_kv_heads)}
     uneven_zero = any(size % math.prod(mesh.values()) for size in rows)
-    return sorted({0, rank}) if uneven_zero else [rank]
+    return sorted({0, *found} if uneven_zero else found)
+
+
+def ends_of_ring(config: Config) -> set[int]:
+    """Places on the ring: the last one, but if keys wait for queries or go around rings inside rings, either end.
+
+    Of a grid the last row and the first column, whose keys come first.
+    """
+    ring, inner = config.mesh.ring or 1, config.ring.inner
+    if config.strategy.name == "mesh_attention":
+        return {ring - (inner or 1)}
+    ends = {0, ring - 1} if config.ring.backward == "q" or inner else {ring - 1}
+    return ends | ({inner - 1, ring - inner} if inner else set())
 
 
 def busiest_ranks(config: Config) -> list[int]:
@@ -62,7 +76,8 @@ def busiest_ranks(config: Config) -> list[int]:
     found = set(places)
     if len(places) > FEW:
         ranks = [
-            np.stack([[m.pairs, m.sent, m.received] for m in seen(config, mask, each)]).sum(0) for each in range(dp)
+            np.stack([[m.pairs + m.backward, m.sent, m.received] for m in seen(config, mask, each)]).sum(0)
+            for each in range(dp)
         ]
         found = {tuple(map(int, np.unravel_index(of.argmax(), of.shape))) for of in np.stack(ranks, 1)}  # [dp, ring]
     return sorted({rank for each in found for rank in (places[each][0], places[each][-1])})
