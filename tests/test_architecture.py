@@ -36,6 +36,7 @@ MAY_INHERIT = {
     "Zero": "Single",
     "TPSP": "TP",
     "Odysseus": "TPSP",
+    "MeshAttention": "Ring",
     "USP": "Ulysses",
     "TPUSP": "TPSP",
 }  # the papers say "X is Y plus"
@@ -128,7 +129,7 @@ def card_calls(name: str, case: Case) -> dict[tuple[str, str], int]:
     for phase, text in (("forward", forward), ("backward", backward)):
         for count, kind in re.findall(r"(\d*) ?\b(AG|RS|AR|A2A)\(", text):
             calls[phase, KIND_OF[kind]] = calls.get((phase, KIND_OF[kind]), 0) + int(count or 1)
-        hops = text.count("(k, v)") + text.count("(dk, dv)")
+        hops = text.count("of (k, v)") + text.count("of (dk, dv)")
         if hops and case.ring > 1:
             calls[phase, "p2p"] = hops * (case.ring - 1)
     return calls
@@ -145,6 +146,7 @@ def counted_calls(rank: int, case: Case) -> dict[tuple[str, str], int]:
 
 
 FIRST_OF_FOUR = {case.strategy: case for case in reversed(CASES) if case.world_size == 4 and case.dp in (1, 4)}
+FIRST_OF_FOUR["mesh_attention"] = Case("mesh_attention", ring=4, inner=2)
 FIRST_OF_FOUR |= {"usp": Case("usp", ulysses=2, ring=2), "tp_usp": Case("tp_usp", tp=2, ulysses=2, ring=2)}
 
 

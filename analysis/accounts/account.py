@@ -27,8 +27,7 @@ class Account:
 
     linears: what a block exchanges around its matrices. attention: between its projections, and kept_in_attention the
     bytes that it keeps there. ends: what the embedding, the head and the loss exchange. groups: the blocks' weights, as
-    they travel together. flops_of_attention: what a rank computes between the projections of a block, forward, or with
-    backward. whole_norms: does a norm see all tokens of
+    they travel together. pairs: of a query and a key, that a rank computes. whole_norms: does a norm see all tokens of
     a tp group, not 1/tp of them. rows: those of the table, variant -> the letters that it changes; a word stands for
     its symbol.
     """
@@ -38,7 +37,7 @@ class Account:
     ends: Exchange = lambda s: []
     kept_in_attention: Callable[[Letters], Amount] = kept_by_kernel
     groups: Callable[[Letters], list[Group]] = weights.of_blocks
-    flops_of_attention: Callable[[Letters, bool], Amount] = flops.of_attention
+    pairs: Callable[[Letters], Amount] = flops.pairs
     whole_norms: bool = False
     rows: Mapping[str, Mapping[str, object]] = field(default_factory=lambda: {"": {}})
     published: tuple[Published, ...] = ()
@@ -73,7 +72,13 @@ class Account:
         """What a rank computes in a step, forward and backward; what is run again does not count."""
         head = weights.of_ends(s)[-1]
         matrices = flops.of_matrices([*self.groups(s), head], s)
-        return s.micro * (matrices + s.layers * self.flops_of_attention(s, True))
+        return s.micro * (matrices + s.layers * self.flops_of_attention(s, backward=True))
+
+    def flops_of_attention(self, s: Letters, backward: bool) -> Amount:
+        """workload=attention: what it computes between the projections of one block."""
+        if backward and s.queries:
+            return flops.where_queries_travel(s)
+        return (flops.PAIR + backward * flops.PAIR_BACKWARD) * s.K * self.pairs(s)
 
     def saved_by_block(self, s: Letters) -> Amount:
         """Bytes that a block keeps for its backward.

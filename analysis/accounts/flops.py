@@ -25,10 +25,8 @@ def of_matrices(groups: Iterable[Group], s: Letters) -> Amount:
     )
 
 
-def of_attention(s: Letters, backward: bool) -> Amount:
-    """Of a block. Where queries travel in backward, a rank does then what others see of its keys."""
-    if not (backward and s.queries):
-        return (PAIR + backward * PAIR_BACKWARD) * s.K * pairs(s)
+def where_queries_travel(s: Letters) -> Amount:
+    """Of a block, forward and backward: there a rank does what others see of its keys."""
     if s.seen is not None:
         return s.K * s.h / (s.tp * s.u) * (PAIR * s.seen["pairs"] + PAIR_BACKWARD * s.seen["pairs_backward"])
     places = (0, s.r - 1) if s.at is None else (s.at["ring"],)  # the most has one at an end

@@ -5,8 +5,6 @@ is sent is least near c = sqrt(r rho), rho = h_kv / h. To gather the rows' sums 
 would be enough for backward; the kernels here ask for `out`.
 """
 
-from dataclasses import replace
-
 from analysis.accounts import flops
 from analysis.accounts.account import Account
 from analysis.accounts.letters import Amount, Letters
@@ -37,16 +35,14 @@ def exchanges(s: Letters) -> list[Sent]:
     ]
 
 
-def of_attention(s: Letters, backward: bool) -> Amount:
-    """Of as many pairs of its blocks does a rank (i, j) see all as rank c i + c - 1 - j of a ring."""
-    if s.at is not None:
-        s = replace(s, at={**s.at, "ring": s.inner * (s.at["outer"] + 1) - 1 - s.at["inner"]})
-    return flops.of_attention(s, backward)
+def pairs(s: Letters) -> Amount:
+    """A rank (i, j) sees all of as many blocks as rank c i + c - 1 - j of a ring."""
+    return flops.pairs(s, None if s.at is None else s.inner * (s.at["outer"] + 1) - 1 - s.at["inner"])
 
 
 ACCOUNT = Account(
     attention=(exchanges,),
-    flops_of_attention=of_attention,
+    pairs=pairs,
     rows={"": {"inner": "c"}},
     published=(
         Published(
