@@ -118,6 +118,8 @@ class Computed:
     @once
     def attention(self, way: str) -> Work:
         """All blocks of it, and the copies that heads make for an exchange."""
+        if self.account.in_grid:
+            return self.in_grid(way)
         own, visiting = self.blocks_of_attention(way)
         return own + visiting * (self.s.r - 1) + self.heads_for_tokens(way)
 
@@ -142,6 +144,8 @@ class Computed:
         if way == "forward":
             own += cast + on.moves(2 * s.e * kv, chunks * ring, "copy")
             return own, visiting + on.kernel("merge", q, s.e, chunks)
+        if s.queries:
+            return own + self.sums_of_rows(chunks, ring), visiting + self.queries_visit(q, seen, chunks)
         kv_sum = on.moves((s.e + 2 * s.e_g) * seen / 2, 2 * chunks)
         own += (
             cast
@@ -150,6 +154,49 @@ class Computed:
         )
         own += on.moves(s.e_g * kv, chunks * ring, "copy")  # zeros, to which the first rank adds
         return own, visiting + on.moves((s.e + 2 * WIDE) * q, chunks) + kv_sum
+
+    def sums_of_rows(self, chunks: Amount, ring: Amount) -> Work:
+        """Of dO * O, in fp32; and q with dO, to travel. At home: dq in its own dtype, zeros to which the first adds."""
+        s, on, q = self.s, self.on, self.s.q / self.s.e / self.s.head_chunks
+        there = on.moves(4 * s.e * q, chunks * ring, "copy") + on.moves((s.e + WIDE) * q, chunks * ring, "copy")
+        there += on.moves((s.e + 2 * WIDE) * q, chunks * ring) + on.moves(WIDE * q, chunks * ring)
+        kv = 2 * s.kv / s.e / s.head_chunks
+        there += on.moves(2 * (s.e + WIDE) * kv / 2, 2 * chunks * ring * (s.e != WIDE), "copy")
+        return there + on.moves(s.e_g * q, chunks * ring, "copy") + on.moves((s.e + 2 * s.e_g) * q, chunks * ring)
+
+    def queries_visit(self, q: Amount, seen: Amount, chunks: Amount) -> Work:
+        """An output with the rows' sums is made; what is added to dq, and to dk and dv here."""
+        s, on = self.s, self.on
+        out = on.moves(s.e * q, chunks) + on.moves(2 * s.e * q, chunks) + on.moves(2 * WIDE * q / s.K, 3 * chunks)
+        return out + on.moves((s.e + 2 * s.e_g) * q, chunks) + on.moves((s.e + 2 * WIDE) * seen / 2, 2 * chunks)
+
+    def in_grid(self, way: str) -> Work:
+        """A row's queries, in the order of the sequence, against a column's keys, tile by tile; and what goes home.
+
+        Under a causal mask a tile along the diagonal, and one before and one behind it, in zigzag of either half.
+        """
+        s, on = self.s, self.on
+        n, heads, halves = s.L // s.r, s.B * s.h / s.tp, 2 if s.layout == "zigzag" else 1
+        diagonal = halves * computed(n // halves, on.clock.tile)
+        whole = self.account.pairs(s) / heads - halves * computed(n // halves, 1)
+        around = halves * (1 * (s.inner > 1) + 1 * (s.r > 1))
+        found = on.attention(way, heads * diagonal / halves, s.K, halves)
+        found += on.attention(way, heads * whole / np.maximum(around, 1), s.K, around)
+        row, column = s.inner * s.q / s.e, 2 * s.r / s.inner * s.kv / s.e
+        sorts = 1 * (s.layout != "contiguous")
+        gathered = sorts + (s.B > 1)
+        of_column = self.copy(s.e * column, gathered * (s.r > s.inner)) + self.copy(2 * s.kv)
+        if way == "forward":
+            rows = self.copy(s.e * row, (gathered + sorts) * (s.inner > 1))
+            tiles = on.moves(s.e * row, 1, "copy") + self.copy(s.e * row)
+            return (
+                found + of_column + rows + tiles + on.kernel("merge", s.q / s.e, s.e, s.inner - 1) + self.copy(s.q, 2)
+            )
+        rows = self.copy(3 * s.e * row, gathered * (s.inner > 1)) + self.copy(3 * s.q)
+        tiles = on.moves(s.e * row, 1, "copy") + self.copy(s.e * row)
+        tiles += on.moves(WIDE * column, 1, "copy") + on.moves((s.e + 2 * WIDE) * column)
+        home = self.copy(s.e_g * row, 1 + gathered * (s.inner > 1)) + self.copy(s.e_g * column, 2 + gathered)
+        return found + of_column + rows + tiles + home
 
     def heads_for_tokens(self, way: str) -> Work:
         """Each of q, k, v and out is put in order once, on one side of its exchange; for several sequences on both."""

@@ -18,7 +18,7 @@ import numpy as np
 from analysis import UserError
 from analysis.accounts import account_of, none_of, weights
 from analysis.accounts.letters import Amount, Letters
-from analysis.accounts.sent import Sent
+from analysis.accounts.sent import GRADIENTS, Sent
 from analysis.accounts.weights import Group
 from analysis.computed import Computed
 from analysis.prices import NOTHING, Machine, Places, Work, mesh_of
@@ -79,7 +79,8 @@ def step_of(config: Config) -> "Step":
     if (account := account_of(config.strategy.name)) is None:
         raise UserError(none_of(config.strategy.name))
     s = Letters.of(config)
-    mesh = mesh_of({axis: getattr(config.mesh, axis) or 1 for axis in AXES}, config.placement, s.kv_shared)
+    degrees = {axis: getattr(config.mesh, axis) or 1 for axis in AXES}
+    mesh = mesh_of(degrees, config.placement, s.kv_shared, s.inner)
     places = {axis: Places(*line) for axis, line in mesh.items()}
     return Step(account, s, machine_of(config), places, config.offload != "none")
 
@@ -194,6 +195,7 @@ class Step(Computed):
     def exchanged(self, way: str, lines: Iterable[Sent], half: int | None = None) -> Phase:
         """Waiting for what is sent, and packing it. half: of a block, beside whose products: attention's, the MLP's."""
         found, hops = Phase(), defaultdict(list)
+        in_grid: dict[tuple[str, str], dict[str, Amount]] = defaultdict(lambda: defaultdict(float))
         for line in (line for line in lines if line.phase in WAYS[way]):
             us, chunk = line.calls * self.us(line), 1 / self.s.head_chunks
             if line.beside == "attention":
@@ -201,6 +203,8 @@ class Step(Computed):
             elif line.beside == "products":
                 beside = self.gradients("x" if line.kind == "all_gather" else "W", half)
                 found.wait(line.kind, us, self.ahead(beside.us))
+            elif line.axis in ("inner", "outer"):
+                in_grid[line.phase, line.kind][line.axis] += us
             elif line.kind == "all_to_all":  # the first chunk of the heads on its way in, the last one on its way out
                 found.wait(line.kind, us * chunk)
                 beside = self.attention(pass_of(line.phase))
@@ -208,26 +212,44 @@ class Step(Computed):
             else:
                 found.wait(line.kind, us)
             found.work += self.packed(line)
-        for phase, (fetched, *summed) in hops.items():
+        for (_, kind), by_axis in in_grid.items():  # along rows and columns at the same time
+            found.wait(kind, np.maximum(by_axis["inner"], by_axis["outer"]))
+        for phase, lines in hops.items():
             if self.s.needed:  # one exchange beside a rank's own keys; gradients go back when there are all
-                found.wait(fetched.kind, self.us(fetched), self.blocks_of_attention(pass_of(phase))[0].us)
-                found.wait(fetched.kind, sum(map(self.us, summed)))
+                fetched, *summed = map(self.us, lines)
+                found.wait("all_to_all", fetched, self.blocks_of_attention(pass_of(phase))[0].us)
+                found.wait("all_to_all", sum(summed))
                 continue
-            self.around_the_ring(found, pass_of(phase), self.us(fetched), sum(map(self.us, summed)))
+            self.around_rings(found, pass_of(phase), lines)
         return found
 
-    def around_the_ring(self, found: Phase, way: str, fetched: Amount, summed: Amount) -> None:
-        """Beside a block of keys and values the next comes by; in backward also the gradient of the one before."""
-        chunks, r = self.s.head_chunks, self.s.r
+    def around_rings(self, found: Phase, way: str, lines: Iterable[Sent]) -> None:
+        """Beside a block the next one comes by, and beside all blocks of an inner ring that of the next of these."""
+        chunks, s = self.s.head_chunks, self.s
         own, visiting = (self.ahead(work.us) / chunks for work in self.blocks_of_attention(way))
-        if way == "backward":
+        hop: dict[str, list[Amount]] = defaultdict(lambda: [0.0, 0.0])  # of what visits, and of its gradient
+        for line in lines:
+            hop[line.axis][line.of in GRADIENTS] += self.us(line)
+        if s.inner is None:
+            self.around(found, s.r, hop["ring"], own, visiting, chunks)
+            return
+        rings = s.r / s.inner
+        self.around(found, s.inner, hop["inner"], own, visiting, chunks)
+        self.around(found, s.inner, hop["inner"], visiting, visiting, chunks * (rings - 1))
+        a_ring = own + (s.inner - 1) * np.maximum(visiting, sum(hop["inner"]))
+        self.around(found, rings, hop["outer"], a_ring, a_ring, chunks)
+
+    def around(self, found: Phase, r: Amount, hop: list[Amount], own: Amount, visiting: Amount, times: Amount) -> None:
+        """So many times around a ring of r; gradients come with the block after the next one."""
+        fetched, summed = hop
+        if np.any(summed):
             visits = [(own, fetched, np.minimum(r - 1, 1)), (visiting, fetched, np.minimum(r - 2, 1))]
             visits += [(visiting, fetched + summed, r - 3), (visiting, summed, np.minimum(r - 2, 1))]
-            found.wait("p2p", summed, times=chunks * np.minimum(r - 1, 1))
+            found.wait("p2p", summed, times=times * np.minimum(r - 1, 1))
         else:
             visits = [(own, fetched, np.minimum(r - 1, 1)), (visiting, fetched, r - 2)]
-        for block, hop, times in visits:
-            found.wait("p2p", hop, block, chunks * np.maximum(times, 0))
+        for block, took, n in visits:
+            found.wait("p2p", took, block, times * np.maximum(n, 0))
 
     def us(self, line: Sent) -> Amount:
         return self.on.collective(line, self.places[line.axis]) / self.links

@@ -136,10 +136,13 @@ class Places:
         return Rate(*rate), part
 
 
-def mesh_of(degrees: Mapping[str, Amount], placement: str, kv_shared: Amount = 1) -> Mesh:
+def mesh_of(degrees: Mapping[str, Amount], placement: str, kv_shared: Amount = 1, inner: Amount = None) -> Mesh:
     """The axes of a mesh, and the groups that conf/tiers.py makes of them."""
     order = PLACEMENTS[placement]
     found = {axis: (degrees[axis], prod(degrees[after] for after in order[order.index(axis) + 1 :])) for axis in order}
     ranks, (tp, nearest) = prod(degrees.values()), found["tp"]
+    if inner is not None:
+        ring, stride = found["ring"]
+        found |= {"inner": (inner, stride), "outer": (ring // inner, stride * inner)}
     others = ranks // tp, tp if order[-1] == "tp" else 1
     return {**found, "zero": others, "world": (ranks, 1), "tp_replicas": (kv_shared, nearest)}

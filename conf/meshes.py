@@ -7,6 +7,7 @@ PEERS. mesh.dp stands in front of them all, and takes the ranks that the others 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import gcd, lcm, prod
+from typing import Any
 
 from conf.keys import CHUNKS, PLACEMENTS, Config, multiples
 from conf.words import Invalid, around, divisors
@@ -19,9 +20,9 @@ class Rule:
     """The value of configuration key `key` must be one of `allowed`, which rise, because `why`."""
 
     key: str
-    value: int
+    value: Any
     why: str
-    allowed: Sequence[int]
+    allowed: Sequence[Any]
 
 
 Degrees = dict[str, int]  # of dp, tp, ulysses, ring
@@ -95,6 +96,12 @@ def arranged(config: Config, degrees: Degrees) -> Rule:
     return Rule("ring.inner", config.ring.inner or 1, f"must divide mesh.ring = {ring}", divisors(ring))
 
 
+def in_chunks(config: Config, degrees: Degrees) -> Rule:
+    """Neighbours in rows and columns: of striped tokens no two see the same keys, and each would be a tile alone."""
+    layouts = ["balanced", "contiguous", *(["striped"] if degrees["ring"] == 1 else []), "zigzag"]
+    return Rule("ring.layout", config.ring.layout, "leaves rows and columns no neighbours", layouts)
+
+
 Fill = Callable[[Config, int, list[str]], Degrees]
 
 
@@ -146,7 +153,7 @@ STRATEGIES = {
         ("tp", "ulysses", "ring"), (heads, heads_before_ulysses, head_chunks, sequence, arranged), two_for_each
     ),
     "odysseus": Footing(("tp", "ring"), (heads, sequence, arranged), widest_tp),
-    "mesh_attention": Footing(("ring",), (sequence, arranged)),
+    "mesh_attention": Footing(("ring",), (sequence, arranged, in_chunks)),
 }
 
 

@@ -4,6 +4,7 @@ import difflib
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from math import isqrt
+from typing import Any
 
 LONGEST = 400  # of a sentence, in characters
 
@@ -33,7 +34,7 @@ def one_of(key: str, value: object, choices: Iterable[object]) -> str:
     return f"{key}={value} is not one of {', '.join(written)}{did_you_mean(str(value), written)}"
 
 
-def around(value: int, allowed: Sequence[int]) -> str:
+def around(value: Any, allowed: Sequence[Any]) -> str:
     """The nearest smaller and larger of the values that would do, which rise."""
     below, above = bisect_left(allowed, value), bisect_right(allowed, value)
     near = [*allowed[max(0, below - 1) : below], *allowed[above : above + 1]]

@@ -21,6 +21,7 @@ from conf.keys import (
 from conf.mask import PLAIN, Mask
 
 LAYOUTS, KV = keys()["ring.layout"].choices, keys()["ring.kv"].choices
+IN_CHUNKS = [layout for layout in LAYOUTS if layout != "striped"]  # of a rank's tokens most are neighbours
 DOCUMENTS = str(Path(__file__).parent / "documents.txt")  # of 1 token, a rank's part, more than that, a whole sequence
 
 
@@ -116,7 +117,7 @@ def cases(world_size: int) -> list[Case]:
             found.append(Case("usp", ulysses=ulysses, ring=n // ulysses, layout=layout))
     found += [Case("mesh_attention", ring=n, inner=c) for c in (1, 2, 4, 8) if n % c == 0]
     if n == 4:
-        found += [Case("mesh_attention", ring=4, inner=2, layout=layout) for layout in LAYOUTS if layout != "zigzag"]
+        found += [Case("mesh_attention", ring=4, inner=2, layout=layout) for layout in IN_CHUNKS if layout != "zigzag"]
         found += [Case("mesh_attention", dp=2, ring=2, inner=2, zero_stage=1)]
         found += [Case("mesh_attention", ring=4, inner=2, recompute="block", mlp_chunks=2)]
         found += [Case("ring", ring=4, layout=layout, backward="q") for layout in LAYOUTS]
@@ -182,7 +183,7 @@ MASKED = [  # the same with documents and windows
     *(replace(case, documents=True) for case in NEEDED if case.world_size == 4),
     *(Case("ring", ring=4, layout=layout, kv=kv, documents=True, window=7) for layout in LAYOUTS for kv in KV),
     *(Case("ring", ring=4, layout=layout, kv="needed", window=21) for layout in LAYOUTS),
-    *(Case("mesh_attention", ring=4, inner=2, layout=layout, documents=True, window=7) for layout in LAYOUTS),
+    *(Case("mesh_attention", ring=4, inner=2, layout=layout, documents=True, window=7) for layout in IN_CHUNKS),
     Case("ring", ring=4, backward="q", documents=True),
     Case("ring", ring=4, inner=2, layout="balanced", documents=True),
     Case("zero", dp=4, documents=True),

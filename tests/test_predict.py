@@ -7,6 +7,7 @@ import pytest
 
 from analysis import predict
 from analysis.prices import Places
+from bench.ranks.unlike import unlike_ranks
 from bench.simulation import simulate
 from conf import tiers
 from conf.compose import configuration
@@ -30,6 +31,14 @@ CASES = [
     "strategy=ring recompute=block",
     "strategy=ring ring.layout=contiguous ring.grad_dtype=same zero_stage=0",
     "strategy=ring ring.layout=striped ring.kv=all_gather",
+    "strategy=ring ring.inner=8 recompute=block",
+    "strategy=ring ring.backward=q",
+    "strategy=ring ring.backward=q ring.inner=8 ring.grad_dtype=same",
+    "strategy=usp mesh.ulysses=8 ring.inner=2 placement=ring_inner",
+    "strategy=mesh_attention recompute=block",
+    "strategy=mesh_attention ring.inner=8 model.n_kv_heads=32",
+    "strategy=mesh_attention ring.inner=4 mesh.dp=4 ring.layout=contiguous",
+    "workload=attention strategy=mesh_attention ring.inner=2",
     "strategy=usp mesh.ulysses=8 recompute=block offload=activations",
     "strategy=usp mesh.ulysses=4 placement=ring_inner grad_dtype=same",
     "strategy=tp_usp mesh.tp=4 mesh.ulysses=4 recompute=block",
@@ -47,7 +56,7 @@ def config_of(words: str) -> Config:
 def replayed(process: int, configs: list[Config]) -> list:
     found = []
     for config in configs:
-        with standing_for(config.world_size - 1, config.world_size, config.device):
+        with standing_for(unlike_ranks(config)[-1], config.world_size, config.device):
             found.append(simulate.simulate(config, lambda text: None)[0].predicted)
     return found
 

@@ -27,7 +27,8 @@ class Account:
 
     linears: what a block exchanges around its matrices. attention: between its projections, and kept_in_attention the
     bytes that it keeps there. ends: what the embedding, the head and the loss exchange. groups: the blocks' weights, as
-    they travel together. pairs: of a query and a key, that a rank computes. whole_norms: does a norm see all tokens of
+    they travel together. pairs: of a query and a key, that a rank computes. in_grid: are
+    they of a row's queries and a column's keys. whole_norms: does a norm see all tokens of
     a tp group, not 1/tp of them. rows: those of the table, variant -> the letters that it changes; a word stands for
     its symbol.
     """
@@ -38,6 +39,7 @@ class Account:
     kept_in_attention: Callable[[Letters], Amount] = kept_by_kernel
     groups: Callable[[Letters], list[Group]] = weights.of_blocks
     pairs: Callable[[Letters], Amount] = flops.pairs
+    in_grid: bool = False
     whole_norms: bool = False
     rows: Mapping[str, Mapping[str, object]] = field(default_factory=lambda: {"": {}})
     published: tuple[Published, ...] = ()

@@ -12,6 +12,7 @@ import numpy as np
 
 from analysis.accounts.letters import Amount, alone
 
+GRADIENTS = "dk, dv", "dq"  # what comes home around a ring behind what they are gradients of
 SHORT = {"all_gather": "AG", "reduce_scatter": "RS", "all_reduce": "AR", "all_to_all": "A2A", "p2p": "hop"}
 
 

@@ -29,7 +29,7 @@ from conf.measurement import Predicted, Span
 from conf.series import moved
 from conf.words import Invalid
 from models import llama, offload
-from strategies.ops import ring_attention
+from strategies.ops import grid_attention, ring_attention
 from strategies.ops.kernels import Grads, Kernel
 from strategies.ops.layouts import pairs
 from strategies.ops.options import Options
@@ -139,7 +139,10 @@ class Replay(Instrument):
         norm, gated, rotary = llama.Normalized, llama.Gated, llama.Rotary
         here = [
             replaced(self.options, "kernel", PricedKernel(self.options.kernel, self)),
-            replaced(ring_attention, "merge", self.as_one("merge", ring_attention.merge, 2)),
+            *(
+                replaced(file, "merge", self.as_one("merge", file.merge, 2))
+                for file in (ring_attention, grid_attention)
+            ),
             replaced(llama.RMSNorm, "forward", self.as_one("norm", llama.RMSNorm.forward, 1)),
             replaced(llama.SwiGLU, "forward", self.as_one("swiglu", llama.SwiGLU.forward, 1)),
             replaced(norm, "backward", staticmethod(self.as_one("norm backward", norm.backward, 1))),

@@ -78,7 +78,7 @@ def backward_of_visiting_queries(
     Their gradients travel behind them, those of k and v add up here. Fewer bytes than keys, if there are as many heads
     of these.
     """
-    sums = (grad * out).sum(-1, dtype=lse.dtype).transpose(1, 2)  # [B, H, S_ring], as lse
+    sums = (grad.to(lse.dtype) * out).sum(-1).transpose(1, 2)  # [B, H, S_ring], as lse
     queries, numbers = torch.stack([q, grad]), torch.stack([lse, sums])
 
     def tiles(source: int, n: int) -> list[Tile]:
@@ -110,9 +110,9 @@ def with_row_sums(sums: Tensor, grad: Tensor) -> Tensor:
 
     sums [B, H, S], grad [B, S, H, K] -> [B, S, H, K]
     """
-    wide = grad.to(sums.dtype)
-    share = sums.transpose(1, 2)[..., None] / wide.square().sum(-1, keepdim=True)
-    return (wide * share.nan_to_num(0.0)).to(grad.dtype)  # where dO is 0, so are the sums
+    squares = torch.linalg.vector_norm(grad, dim=-1, dtype=sums.dtype).square()
+    share = (sums.transpose(1, 2) / squares).nan_to_num(0.0)  # where dO is 0, so are the sums
+    return torch.mul(grad, share[..., None], out=torch.empty_like(grad))
 
 
 def rotate(local_kv: Tensor, axis: Axis, options: Options) -> Rotate:
