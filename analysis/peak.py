@@ -134,6 +134,12 @@ class Held:
         if s.gather_kv:  # all keys and values, and their gradients; those of q in fp32
             keys = 2 * s.r * s.kv * (1 + s.e_g / s.e)
             moments.append(beside + keys + (2 + WIDE / s.e) * s.q - of_mlp - x + 3 * third)
+        if s.queries:  # gone, here and on their way, and an output for them; dq that comes and goes; a tile's gradients
+            blocks, sums = (3, 2) if s.inner is None else (5, 5)
+            queries = blocks * (2 * s.q + 2 * s.numbers) + s.q + sums * s.q * s.e_g / s.e + 2 * s.kv * WIDE / s.e
+            moments.append(beside + queries + 2 * s.q + s.kv - of_mlp - x + 3 * third)
+        if self.account.in_grid:
+            moments += [beside + grid - of_mlp - x + 3 * third for grid in self.in_grid(several)]
         if not alone(s.tp) and not self.account.whole_norms:
             inputs = (3 + several) * s.D + (1 + several) * x
             gone = again if s.recompute else self.account.saved_by_block(s) - 2 * x  # but for the norm's in and out
@@ -147,6 +153,21 @@ class Held:
             messages = s.e_dw * (size + (before[0] if before else size))
             moments.append(messages + s.e * size + self.gathered(ahead) + 2 * x)
         return largest(*moments)
+
+    def in_grid(self, several: int) -> list[Amount]:
+        """Of a row's dO, q and out, and a column's keys and values: sorted as they have come; beside their gradients,
+        those of keys in fp32, and the largest tile's; then in the messages that sum these.
+        """
+        s, sorts = self.s, 1 * (self.s.layout != "contiguous")
+        rows, columns = s.inner * s.q * (s.inner > 1), 2 * s.r / s.inner * s.kv
+        row, e_g, wide = s.inner * s.q, s.e_g / s.e, WIDE / s.e
+        arriving = 3 * rows * (1 + largest(sorts, several)) + columns + 3 * s.q
+        tile = (s.inner - 1) / (2 * s.inner)
+        computed = 4 * row + columns * (1 + wide) + tile * row + columns
+        cast = 1 * (s.e_g != s.e)
+        home = row + columns + row * e_g * (cast + sorts + several)
+        home_too = row * (1 + e_g) + columns + columns * e_g * (1 + sorts + several)
+        return [arriving, computed, home, home_too]
 
     def update(self) -> Amount:
         """Gradients cast to their masters' dtype, and the square of the largest; or all new weights in a message."""

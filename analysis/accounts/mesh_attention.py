@@ -50,8 +50,8 @@ ACCOUNT = Account(
             MESH_ATTENTION,
             "P2Ps in rings of rows and of columns",
             activations="",
-            differs="its formula was not found; its claim is up to 85.4 % less than ring on 256 GPUs, of what heads and "
-            "passes are not known: with h_kv = h and c = 16 it is 88.2 % here",
+            differs="its formula was not found. Its claim: up to 85.4 % less than ring on 256 GPUs, heads and passes "
+            "unknown; with h_kv = h and c = 16 it is 88.2 % here",
         ),
     ),
     colour="#cc79a7",

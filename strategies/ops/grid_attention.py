@@ -15,7 +15,7 @@ from torch.autograd import Function
 
 from strategies.ops.attention import attend, tiled_backward, tiled_forward
 from strategies.ops.collectives import Pending, exchange, start_all_gather, start_reduce_scatter
-from strategies.ops.kernels import accumulator, merge
+from strategies.ops.kernels import Grads, accumulator, merge
 from strategies.ops.layouts import positions, visible
 from strategies.ops.mesh import Axis
 from strategies.ops.options import Options
@@ -41,16 +41,22 @@ class GridAttention(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        q, local_kv, out, lse = ctx.saved_tensors
-        arriving = ctx.row.gather(torch.stack([grad, q, out])), ctx.row.gather(lse.transpose(1, 2)[None])
-        arriving_kv = ctx.column.gather(local_kv)
-        (row_grad, row_q, row_out), (row_lse,) = (arrived() for arrived in arriving)
-        tensors = row_grad, row_q, *arriving_kv(), row_out, row_lse.transpose(1, 2)
-        grad_q, *grad_kv = tiled_backward(*tensors, ctx.tiles, ctx.options.kernel)
-        dtype = travelling_dtype(q.dtype, ctx.options)
-        summing_q, summing_kv = ctx.row.sum(grad_q[None].to(dtype)), ctx.column.sum(torch.stack(grad_kv).to(dtype))
-        (grad_q,), (grad_k, grad_v) = (summing.wait().to(q.dtype) for summing in (summing_q, summing_kv))
+        row_grad_q, *column_grad_kv = backward_of_tiles(ctx, grad)
+        dtype = travelling_dtype(grad.dtype, ctx.options)
+        summing = ctx.row.sum(row_grad_q[None].to(dtype)), ctx.column.sum(torch.stack(column_grad_kv).to(dtype))
+        (grad_q,), (grad_k, grad_v) = (each.wait().to(grad.dtype) for each in summing)
         return grad_q, grad_k, grad_v, None, None
+
+
+def backward_of_tiles(ctx: Any, grad: Tensor) -> Grads:
+    """Of all queries of the row, keys and values of the column; what is gathered for it goes when it is done."""
+    q, local_kv, out, lse = ctx.saved_tensors
+    arriving = ctx.row.gather(torch.stack([grad, q, out])), ctx.row.gather(lse.transpose(1, 2)[None])
+    arriving_kv = ctx.column.gather(local_kv)
+    (row_grad, row_q, row_out), (row_lse,) = (arrived() for arrived in arriving)
+    column_k, column_v = arriving_kv()
+    tensors = row_grad, row_q, column_k, column_v, row_out, row_lse.transpose(1, 2)
+    return tiled_backward(*tensors, ctx.tiles, ctx.options.kernel)
 
 
 def merged(outs: Tensor, lses: Tensor, own: int) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ How they come by is ring.kv. Over P ranks:
                  backward again, and sends their gradients back the same way.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,11 +18,11 @@ from torch import Tensor
 from torch.autograd import Function
 
 from strategies.ops.attention import attend, tiled_backward, tiled_forward
-from strategies.ops.kernels import Grads, accumulator, merge
+from strategies.ops.kernels import Grads, Kernel, accumulator, merge
 from strategies.ops.layouts import Tile, tiles_of
 from strategies.ops.mesh import Axis
 from strategies.ops.options import Options
-from strategies.ops.travels import OWN, Gather, Needed, Rotate
+from strategies.ops.travels import OWN, Gather, Given, Needed, Rotate, Visit
 
 
 class RingAttention(Function):
@@ -87,22 +88,26 @@ def backward_of_visiting_queries(
     travel = Rotate((queries, numbers), queries[:1], axis, options, tiles)
     for visit in travel.visits():
         if visit.source == axis.rank:
-            block_q, *block_kv = tiled_backward(grad, q, *local_kv, out, lse, visit.tiles, options.kernel)
-            grad_k, grad_v = (accumulator(t) for t in block_kv)
+            block_q, *grad_kv = tiled_backward(grad, q, *local_kv, out, lse, visit.tiles, options.kernel)
+            grad_kv = [accumulator(t) for t in grad_kv]
             travel.give(visit, [(OWN, [block_q])])
-            continue
-        (its_q, its_grad), (its_lse, its_sums) = visit.block
-        its_out = with_row_sums(its_sums, its_grad)
-        given = []
-        for tile in visit.tiles:
-            part = its_grad[tile.queries], its_q[tile.queries], *(t[tile.keys] for t in local_kv), its_out[tile.queries]
-            block_q, *block_kv = options.kernel.backward(*part, its_lse[tile.lse], tile.causal, tile.windowed)
-            given.append((tile.queries, [block_q]))
-            for whole, block in zip((grad_k, grad_v), block_kv, strict=True):
-                whole[tile.keys].add_(block)
-        travel.give(visit, given)
+        else:
+            travel.give(visit, backward_of_visit(visit, local_kv, grad_kv, options.kernel))
     (grad_q,) = travel.own_grad().to(q.dtype)
-    return grad_q, grad_k.to(q.dtype), grad_v.to(q.dtype)
+    return grad_q, *(t.to(q.dtype) for t in grad_kv)
+
+
+def backward_of_visit(visit: Visit, local_kv: Tensor, grad_kv: Sequence[Tensor], kernel: Kernel) -> Given:
+    """Of queries that are visiting: adds to dk and dv here, and returns what is added to dq."""
+    (q, grad), (lse, sums) = visit.block
+    out, given = with_row_sums(sums, grad), []
+    for tile in visit.tiles:
+        part = grad[tile.queries], q[tile.queries], *(t[tile.keys] for t in local_kv), out[tile.queries]
+        block_q, *block_kv = kernel.backward(*part, lse[tile.lse], tile.causal, tile.windowed)
+        given.append((tile.queries, [block_q]))
+        for whole, block in zip(grad_kv, block_kv, strict=True):
+            whole[tile.keys].add_(block)
+    return given
 
 
 def with_row_sums(sums: Tensor, grad: Tensor) -> Tensor:
