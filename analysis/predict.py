@@ -243,7 +243,7 @@ class Step(Computed):
         """Replicas' gradients, and their new weights; gradients of which tp ranks have a part; the gradient's norm."""
         s = self.s
         zero = weights.zero_step([*self.account.groups(s), *self.ends], s) if s.stage < 2 else []
-        return [*zero, *weights.summed_over_tp(s, not self.account.whole_norms), *weights.clipped(s)]
+        return [*zero, *self.account.summed_at_end(s), *weights.clipped(s)]
 
     @property
     def to_host(self) -> Amount:

@@ -121,11 +121,13 @@ def two_for_each(config: Config, free: int, left_open: list[str]) -> Degrees:
 
 @dataclass(frozen=True)
 class Footing:
-    """Where a strategy can stand: its axes beside dp, its rules, and how open axes share the ranks."""
+    """Where a strategy can stand: its axes beside dp, its rules, how open axes share the ranks; and `fixed`, keys that
+    it has one value of."""
 
     axes: tuple[str, ...] = ()
     needs: tuple[Needs, ...] = ()
     fill: Fill = first_takes_all
+    fixed: Mapping[str, object] = field(default_factory=dict)
 
 
 STRATEGIES = {
@@ -138,6 +140,7 @@ STRATEGIES = {
     "usp": Footing(("ulysses", "ring"), (heads, head_chunks, sequence), widest_ulysses),
     "tp_usp": Footing(("tp", "ulysses", "ring"), (heads, heads_before_ulysses, head_chunks, sequence), two_for_each),
     "odysseus": Footing(("tp", "ring"), (heads, sequence), widest_tp),
+    "tsp": Footing(("ring",), (sequence,), fixed={"ring.kv": "all_gather", "mlp.chunks": 1}),
 }
 
 
@@ -180,7 +183,7 @@ class Peer:
     @property
     def footing(self) -> Footing:
         ours = STRATEGIES[self.ours]
-        return Footing(ours.axes, (*self.needs, *ours.needs), ours.fill)
+        return Footing(ours.axes, (*self.needs, *ours.needs), ours.fill, self.fixed)
 
 
 PEERS = {

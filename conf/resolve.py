@@ -36,6 +36,7 @@ def resolve(written: Config) -> Resolved:
         check_machine(config)
     if (peer := meshes.PEERS.get(config.strategy.name)) is not None:
         check_peer(resolved, peer)
+    fix(resolved)
     fill_model(config.model)
     fill_grad_dtype(config)
     check_offload(config)
@@ -124,7 +125,7 @@ def check_machine(config: Config) -> None:
 
 
 def check_peer(resolved: Resolved, peer: meshes.Peer) -> None:
-    """Is there anything to measure of a peer but time? What it has one value of is set to that."""
+    """Is there anything to measure of a peer but time?"""
     config, notes = resolved.config, resolved.notes
     name, mode = config.strategy.name, config.mode
     if peer.causal:
@@ -133,13 +134,18 @@ def check_peer(resolved: Resolved, peer: meshes.Peer) -> None:
         raise Invalid(f"strategy={name} is raced, and mode={mode} has no race; mode=real or {peer.ours} would do")
     if config.workload == "attention" and not peer.attention:
         raise Invalid(f"workload=attention: {name} has no attention of its own; workload=step would do")
-    for path, value in peer.fixed.items():
-        key = keys()[path]
-        if key.of(config) != value:
-            notes.append(f"{name} has {path}={value} alone")
-            key.put(config, value)
     if peer.adapted and config.device == "cpu":
         notes.append(f"{name}'s schedule on this project's kernel")
+
+
+def fix(resolved: Resolved) -> None:
+    """What a strategy has one value of is set to that, with a note where another was asked for."""
+    config = resolved.config
+    for path, value in meshes.footing_of(config.strategy.name).fixed.items():
+        key = keys()[path]
+        if key.of(config) not in (value, key.default):
+            resolved.notes.append(f"{config.strategy.name} has {path}={value} alone")
+        key.put(config, value)
 
 
 def check_causal(config: Config) -> None:

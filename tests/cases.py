@@ -108,6 +108,7 @@ def cases(world_size: int) -> list[Case]:
     found += [Case(name, tp=n) for name in ("tp", "tp_sp", "odysseus")]
     found += [Case("ulysses", ulysses=n)]
     found += [Case("ring", ring=n, layout=layout) for layout in LAYOUTS]
+    found += [Case("tsp", ring=n, kv="all_gather")]
     for ulysses, layout in itertools.product((u for u in range(1, n + 1) if n % u == 0), LAYOUTS):
         if ulysses < n or layout == "zigzag":
             found.append(Case("usp", ulysses=ulysses, ring=n // ulysses, layout=layout))
@@ -122,6 +123,10 @@ def cases(world_size: int) -> list[Case]:
         found += [Case("usp", ulysses=2, ring=2, packed=True, head_chunks=2, recompute="block")]
         found += [Case("ring", ring=4, layout=layout, kv="all_gather") for layout in LAYOUTS]
         found += [Case("usp", ulysses=2, ring=2, packed=True, kv="all_gather", placement="ring_inner")]
+        found += [Case("tsp", ring=4, kv="all_gather", recompute="block", layout=layout) for layout in LAYOUTS]
+        found += [Case("tsp", dp=2, ring=2, kv="all_gather", zero_stage=stage) for stage in (0, 1, 2, 3)]
+        found += [Case("tsp", ring=4, kv="all_gather", zero_stage=1), Case("tsp", dp=4, kv="all_gather")]
+        found += [Case("tsp", ring=4, kv="all_gather", recompute="selective", loss_chunks=3)]
         found += [Case(name, tp=2, ring=2, placement="tp_outer") for name in ("tp_usp", "odysseus")]
         for stage in (0, 1, 2):
             found += [Case("zero", dp=4, zero_stage=stage), Case("usp", ulysses=2, ring=2, zero_stage=stage)]
@@ -138,6 +143,7 @@ def cases(world_size: int) -> list[Case]:
         found += [Case("tp_usp", tp=2, ring=2, recompute="selective", mlp_chunks=2)]
         away = {"recompute": "block", "offload": "activations"}
         found += [Case("zero", dp=4, **away), Case("usp", ulysses=2, ring=2, mlp_chunks=2, loss_chunks=2, **away)]
+        found += [Case("tsp", dp=2, ring=2, kv="all_gather", **away)]
         found += [Case("tp", tp=4, **away), Case("tp_sp", dp=2, tp=2, **away), Case("odysseus", tp=2, ring=2, **away)]
     if n == 8:
         found += [Case("tp_usp", tp=2, ulysses=2, ring=2, layout=layout) for layout in LAYOUTS]
@@ -154,6 +160,7 @@ MICRO = [  # a batch in parts, one after the other
     Case("tp_usp", tp=2, ring=2, micro_batches=2, mlp_chunks=2, loss_chunks=2),
     Case("odysseus", tp=2, ring=2, micro_batches=2, recompute="block"),
     Case("ring", ring=4, micro_batches=2, recompute="block", offload="activations"),
+    *(Case("tsp", dp=2, ring=2, kv="all_gather", micro_batches=2, zero_stage=stage) for stage in (0, 3)),
 ]
 
 NEEDED = [  # around a ring, or in every sequence, nothing but what a mask lets through

@@ -117,6 +117,9 @@ def test_the_card_says_what_the_mesh_needs(name):
 KIND_OF = {"AG": "all_gather", "RS": "reduce_scatter", "AR": "all_reduce", "A2A": "all_to_all"}
 
 
+HOPS = r"(?:(\d) x )?\S+-1 hops of (\([^)]*\)(?: and of \([^)]*\))?)"
+
+
 def card_calls(name: str, case: Case) -> dict[tuple[str, str], int]:
     """The card's communication line as calls per block: '2 AG(D) + RS(D)' -> two all_gathers, one reduce_scatter."""
     card = inspect.getmodule(strategies.load(name)).__doc__
@@ -128,7 +131,7 @@ def card_calls(name: str, case: Case) -> dict[tuple[str, str], int]:
     for phase, text in (("forward", forward), ("backward", backward)):
         for count, kind in re.findall(r"(\d*) ?\b(AG|RS|AR|A2A)\(", text):
             calls[phase, KIND_OF[kind]] = calls.get((phase, KIND_OF[kind]), 0) + int(count or 1)
-        hops = text.count("(k, v)") + text.count("(dk, dv)")
+        hops = sum(int(times or 1) * of.count("(") for times, of in re.findall(HOPS, text))
         if hops and case.ring > 1:
             calls[phase, "p2p"] = hops * (case.ring - 1)
     return calls

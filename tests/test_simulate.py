@@ -32,12 +32,15 @@ DEEP = [
     Case("usp", ulysses=2, ring=2, recompute="block", loss_chunks=3),
     Case("odysseus", tp=2, ring=2, mlp_chunks=2),
     Case("tp_usp", tp=2, ulysses=2, recompute="block"),
+    Case("tsp", ring=4, kv="all_gather", recompute="block"),
 ]
 LONG_RINGS = [
     *(Case("ring", ring=8, layout=layout, recompute="block") for layout in LAYOUTS),
     *(Case("usp", ulysses=2, ring=5, layout=layout) for layout in LAYOUTS),
     Case("tp_usp", tp=2, ring=6, layout="striped", recompute="block"),
     Case("odysseus", tp=2, ring=7),
+    Case("tsp", ring=8, kv="all_gather"),
+    Case("tsp", dp=2, ring=7, kv="all_gather", recompute="block"),
 ]
 
 

@@ -82,7 +82,7 @@ class Instruments(TorchDispatchMode):
             yield
 
 
-def all_hops(seen: Instruments, axis: Axis, options: Options) -> Iterable[int]:
+def all_hops(seen: Instruments, axis: Axis, options: Options, *like: Any) -> Iterable[int]:
     return every_hop(axis, options)
 
 
@@ -90,7 +90,7 @@ def observe(
     training: Workload,
     batches: Iterable[Any],
     log: MemoryLog,
-    hops: Callable[[Instruments, Axis, Options], Iterable[int]] = all_hops,
+    hops: Callable[..., Iterable[int]] = all_hops,
     alike: int = 1,
     others: Iterable[Instrument] = (),
 ) -> Observed:
@@ -103,7 +103,7 @@ def observe(
     options = training.strategy.options
     kernel, options.kernel = options.kernel, CountedKernel(options.kernel, counter)
     seen = Instruments(log, ledger, counter, *others)
-    around = hooked(hops=lambda axis, options: hops(seen, axis, options))
+    around = hooked(hops=lambda *around: hops(seen, *around))
 
     def reach(part: str) -> None:
         for instrument in seen.instruments:

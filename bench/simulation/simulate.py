@@ -72,20 +72,22 @@ def padded(config: Config) -> bool:
     return config.zero_stage < 2 and config.model.dim % config.world_size != 0
 
 
-def alike_once(seen: Instruments, axis: Axis, options: Options) -> Iterator[int]:
+def alike_once(
+    seen: Instruments, axis: Axis, options: Options, like: Callable[[int], Any] | None = None
+) -> Iterator[int]:
     """Hops around a ring: those that are alike run a few times only, one of them counted for the others.
 
-    A hop is like the one before if it sees the same tile of the visiting block. The first two and the last of those
-    that are alike always run, because what is in flight beside them differs.
+    A hop is like the one before if it sees the same tile of the visiting block, or if `like` says the same of both. The
+    first two and the last of those that are alike always run, because what is in flight beside them differs.
     """
 
     def sees(hop: int) -> list[Tile]:
         return tiles_of(axis.rank, (axis.rank - hop) % axis.size, axis.size, SHORT, options)
 
-    if not options.mask.plain or options.ring.layout == "balanced":
+    if like is None and (not options.mask.plain or options.ring.layout == "balanced"):
         yield from range(axis.size)
         return
-    for _, group in groupby(range(axis.size), sees):
+    for _, group in groupby(range(axis.size), like or sees):
         alike = list(group)
         yield from alike[:2]
         if between := alike[2:-1]:

@@ -2,7 +2,8 @@
 
 announce     the ledger: what the traffic inside means, where the dispatched operation alone does not say it
 backend_of   the emulator: the backend whose messages a made-up process group stands for
-hops         the simulator: which hops around a ring are run, where one can be counted for others that are alike
+hops         the simulator: which hops around a ring are run, where one can be counted for others that are alike: by
+             what queries see of the block that visits, or by what the caller says that a hop is
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -29,7 +30,7 @@ def nobody_listens(meaning: Meaning) -> AbstractContextManager:
     return nullcontext()
 
 
-def every_hop(axis: Axis, options: Any) -> Iterable[int]:
+def every_hop(axis: Axis, options: Any, like: Callable[[int], Any] | None = None) -> Iterable[int]:
     return range(axis.size)
 
 
@@ -37,7 +38,7 @@ def every_hop(axis: Axis, options: Any) -> Iterable[int]:
 class Hooks:
     announce: Callable[[Meaning], AbstractContextManager] = nobody_listens
     backend_of: Callable[[dist.ProcessGroup], str] = dist.get_backend
-    hops: Callable[[Axis, Any], Iterable[int]] = every_hop
+    hops: Callable[..., Iterable[int]] = every_hop
 
 
 hooks = Hooks()
