@@ -19,7 +19,7 @@ from strategies.base import Strategy
 from strategies.ops.layouts import ring_split
 from strategies.ops.ring_attention import ring_attention
 from strategies.ops.travelling import column_linears, row_linear
-from strategies.ops.weights import column, partial_gradients, row, schedule_as_one
+from strategies.ops.weights import column, gather_nothing_ahead, partial_gradients, row, schedule_as_one
 
 
 class TSP(Strategy):
@@ -37,6 +37,8 @@ class TSP(Strategy):
             self.zero(block, axis=self.dp)
         self.zero_ends(model)
         schedule_as_one(model, self.mesh.zero)
+        if self.dp.size == 1:
+            gather_nothing_ahead(model.head)
 
     def attention(self, attn: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         qkv = column_linears(x, [attn.q, attn.k, attn.v], self.ring, self.options)

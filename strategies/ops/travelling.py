@@ -118,8 +118,12 @@ class ColumnLinears(Function):
 
         of_x = torch.zeros_like(tokens, dtype=wide(x.dtype))
         for visit in travel.visits():
+            part: Tensor | None = (
+                None  # of all matrices together: of_x is as large as x, and has to be read and written
+            )
             for grad, weight, rows in zip(of_ys, visit.weights, visit.spans, strict=True):
-                of_x.add_(grad[:, rows] @ weight)
+                part = grad[:, rows] @ weight if part is None else torch.addmm(part, grad[:, rows], weight, out=part)
+            of_x.add_(part)
             if visit.source != ctx.axis.rank:
                 travel.give(visit, of_weights(visit.spans))
         own = of_weights(travel.spans(ctx.axis.rank))  # beside the last hop of their gradients
