@@ -24,7 +24,7 @@ from conf.words import divisors
 
 GROUPS = (*OF_AXES, "zero", "world", "tp_replicas")
 NEEDED = {"usp": ("ulysses", "ring"), "tp_usp": ("tp",), "odysseus": ("tp",)}  # or it is a strategy of fewer axes
-ALONE = ("tp", "sharing", "kv_shared")  # letters of which 1 branches the formulas
+ALONE = ("tp", "sharing", "kv_shared", "dp", "r")  # letters of which 1 branches the formulas
 
 
 @dataclass(frozen=True)

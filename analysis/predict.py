@@ -193,11 +193,13 @@ class Step(Computed):
 
     def exchanged(self, way: str, lines: Iterable[Sent], half: int | None = None) -> Phase:
         """Waiting for what is sent, and packing it. half: of a block, beside whose products: attention's, the MLP's."""
-        found, hops = Phase(), defaultdict(list)
+        found, hops, shards = Phase(), defaultdict(list), defaultdict(list)
         for line in (line for line in lines if line.phase in WAYS[way]):
             us, chunk = line.calls * self.us(line), 1 / self.s.head_chunks
             if line.beside == "attention":
                 hops[line.phase].append(line)
+            elif line.beside == "shards":
+                shards[line.phase].append(line)
             elif line.beside == "products":
                 beside = self.gradients("x" if line.kind == "all_gather" else "W", half)
                 found.wait(line.kind, us, self.ahead(beside.us))
@@ -213,21 +215,39 @@ class Step(Computed):
                 found.wait(fetched.kind, self.us(fetched), self.blocks_of_attention(pass_of(phase))[0].us)
                 found.wait(fetched.kind, sum(map(self.us, summed)))
                 continue
-            self.around_the_ring(found, pass_of(phase), self.us(fetched), sum(map(self.us, summed)))
+            chunks = self.s.head_chunks
+            own, visiting = (work.us / chunks for work in self.blocks_of_attention(pass_of(phase)))
+            found.add(self.around_the_ring(self.us(fetched), sum(map(self.us, summed)), own, visiting), chunks)
+        for phase, lines in shards.items():
+            found.add(self.shards_come_by(phase, lines, half or 0))
         return found
 
-    def around_the_ring(self, found: Phase, way: str, fetched: Amount, summed: Amount) -> None:
-        """Beside a block of keys and values the next comes by; in backward also the gradient of the one before."""
-        chunks, r = self.s.head_chunks, self.s.r
-        own, visiting = (self.ahead(work.us) / chunks for work in self.blocks_of_attention(way))
-        if way == "backward":
-            visits = [(own, fetched, np.minimum(r - 1, 1)), (visiting, fetched, np.minimum(r - 2, 1))]
-            visits += [(visiting, fetched + summed, r - 3), (visiting, summed, np.minimum(r - 2, 1))]
-            found.wait("p2p", summed, times=chunks * np.minimum(r - 1, 1))
-        else:
-            visits = [(own, fetched, np.minimum(r - 1, 1)), (visiting, fetched, r - 2)]
+    def around_the_ring(
+        self, fetched: Amount, summed: Amount, own: Amount, visiting: Amount, home: Amount = 0.0
+    ) -> Phase:
+        """Beside what is computed of one block or shard the next comes by; in backward also the gradient of the one
+        before, the last of them beside what is computed at `home`.
+        """
+        found, r = Phase(), self.s.r
+        visits = [(own, fetched, np.minimum(r - 1, 1)), (home, summed, np.minimum(r - 1, 1))]
+        visits += [(visiting, fetched, np.minimum(r - 2, 1)), (visiting, summed, np.minimum(r - 2, 1))]
+        visits += [(visiting, fetched + summed, r - 3)]
         for block, hop, times in visits:
-            found.wait("p2p", hop, block, chunks * np.maximum(times, 0))
+            found.wait("p2p", hop, self.ahead(block), np.maximum(times, 0))
+        return found
+
+    def shards_come_by(self, phase: str, lines: list[Sent], half: int) -> Phase:
+        """Each pass of them goes around beside the products of those that were in the buffer before."""
+        found, r, back = Phase(), self.s.r, phase == "backward"
+        way = "again" if phase == "recompute" else phase
+        fetched, summed = (lines[::2], lines[1::2]) if back else (lines, [])
+        for number, (matrices, hop) in enumerate(zip(self.passes(half), fetched, strict=False)):
+            kernels = self.travelling(way, matrices).us
+            y, x, w = (self.products(of, matrices).us / r for of in "yxW")
+            first, others = (x, x + w + kernels / r) if back else (y + kernels / r, y + kernels / r)
+            home = self.us(summed[number]) if back else 0.0
+            found.add(self.around_the_ring(self.us(hop), home, first, others, w))
+        return found
 
     def us(self, line: Sent) -> Amount:
         return self.on.collective(line, self.places[line.axis]) / self.links
