@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import gcd, lcm, prod
 
-from conf.keys import CHUNKS, PLACEMENTS, Config, multiples
+from conf.keys import CHUNKS, PLACEMENTS, Config, keys, multiples
 from conf.words import Invalid, around, divisors
 
 AXES = ("dp", "tp", "ulysses", "ring")
@@ -217,6 +217,17 @@ def names() -> list[str]:
 
 def footing_of(name: str) -> Footing:
     return STRATEGIES[name] if name in STRATEGIES else PEERS[name].footing
+
+
+def fix(config: Config) -> list[str]:
+    """Set what the strategy has one value of to that -> a note where another was asked for."""
+    name, notes = config.strategy.name, []
+    for path, value in footing_of(name).fixed.items():
+        key = keys()[path]
+        if key.of(config) not in (value, key.default):
+            notes.append(f"{name} has {path}={value} alone")
+        key.put(config, value)
+    return notes
 
 
 def rules(config: Config) -> list[Rule]:

@@ -36,7 +36,7 @@ def resolve(written: Config) -> Resolved:
         check_machine(config)
     if (peer := meshes.PEERS.get(config.strategy.name)) is not None:
         check_peer(resolved, peer)
-    fix(resolved)
+    resolved.notes += meshes.fix(config)
     fill_model(config.model)
     fill_grad_dtype(config)
     check_offload(config)
@@ -136,16 +136,6 @@ def check_peer(resolved: Resolved, peer: meshes.Peer) -> None:
         raise Invalid(f"workload=attention: {name} has no attention of its own; workload=step would do")
     if peer.adapted and config.device == "cpu":
         notes.append(f"{name}'s schedule on this project's kernel")
-
-
-def fix(resolved: Resolved) -> None:
-    """What a strategy has one value of is set to that, with a note where another was asked for."""
-    config = resolved.config
-    for path, value in meshes.footing_of(config.strategy.name).fixed.items():
-        key = keys()[path]
-        if key.of(config) not in (value, key.default):
-            resolved.notes.append(f"{config.strategy.name} has {path}={value} alone")
-        key.put(config, value)
 
 
 def check_causal(config: Config) -> None:
