@@ -63,5 +63,5 @@ ACCOUNT = Account(
     summed=norms,
     rows={"": {"gather_kv": True}},
     colour="#332288",
-    marker="h",
+    marker="H",
 )
