@@ -4,6 +4,7 @@ Legal is what conf/meshes.py calls so. What branches the formulas makes a group 
 through them as arrays, one element a configuration.
 """
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +25,7 @@ from conf.words import divisors
 
 GROUPS = (*OF_AXES, "zero", "world", "tp_replicas")
 NEEDED = {"usp": ("ulysses", "ring"), "tp_usp": ("tp",), "odysseus": ("tp",)}  # or it is a strategy of fewer axes
-ALONE = ("tp", "sharing", "kv_shared")  # letters of which 1 branches the formulas
+ALONE = ("tp", "sharing", "kv_shared", "dp")  # letters of which 1 branches the formulas
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Space:
         places = pd.DataFrame([place for scenario in scenarios for place in self.places(name, scenario)])
         if account is None or places.empty:
             return pd.DataFrame()
-        kv_heads = self.config.model.n_kv_heads
+        config, kv_heads = self.of(name), self.config.model.n_kv_heads
         places["sharing"] = places.dp * places.u * places.r
         places["rho"] = np.maximum(1, places.u // np.maximum(1, kv_heads // places.tp))
         places["kv_shared"] = np.maximum(1, places.tp // kv_heads)
@@ -81,13 +82,14 @@ class Space:
             shares = bool((group.sharing > 1).any()) or name == "odysseus"  # or ZeRO has nothing to do
             for stage in self.values("zero_stage")[0 if shares else -1 :]:
                 for again in self.values("recompute"):
-                    found.append(self.of_group(account, columns, places_of, stage, again, known))
+                    found.append(self.of_group(account, config, columns, places_of, stage, again, known))
         together = {column: np.concatenate([table[column] for table in found]) for column in found[0]}
         return pd.DataFrame(together).assign(strategy=name)
 
     def of_group(
         self,
         account: Account,
+        config: Config,
         columns: Mapping[str, np.ndarray],
         places: Mapping[str, Places],
         stage: int,
@@ -97,9 +99,9 @@ class Space:
         sizes: dict[str, Any] = {name: columns[name] for name in (*OF_AXES.values(), "rho", "kv_shared", "L")}
         sizes |= {"layout": columns["layout"].astype(str), "stage": stage}
         sizes |= {"recompute": recompute == "block", "selective": recompute == "selective"}
-        batch = np.maximum(1, whole(self.config.micro_batch_size / columns["dp"]))
-        s = replace(Letters.of(self.config), B=batch, **sizes)
-        offload = self.config.offload != "none" and recompute == "block"
+        batch = np.maximum(1, whole(config.micro_batch_size / columns["dp"]))
+        s = replace(Letters.of(config), B=batch, **sizes)
+        offload = config.offload != "none" and recompute == "block"
         times = Step(account, s, self.machine, places, offload, columns["links"], known=known).times()
         priced = {
             "step_ms": times.step,
@@ -112,6 +114,12 @@ class Space:
         }
         same = {name: columns[name] for name in ("scenario", "layout", "placement", *OF_AXES.values(), "rho")}
         return {**same, **{name: np.broadcast_to(value, batch.shape) for name, value in priced.items()}}
+
+    def of(self, name: str) -> Config:
+        """The configuration as this strategy runs it."""
+        config = copy.deepcopy(replace(self.config, strategy=StrategyConfig(name)))
+        meshes.fix(config)
+        return config
 
     # Meshes.
 

@@ -22,11 +22,12 @@ from conf.clock import computed
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight, the tokens that it sees, and in how many pieces one after the other."""
+    """A weight, the tokens that it sees, in how many pieces one after the other; and how many shards of it come by."""
 
     weight: Weight
     tokens: Amount
     pieces: Amount = 1
+    shards: Amount = 1
 
 
 def once(method: Callable) -> Callable:
@@ -64,7 +65,11 @@ class Computed:
         """Of a block: q, k, v, o, gate, up, down."""
         s, pieces = self.s, self.pieces(self.s.mlp_chunks)
         found = [
-            Matrix(weight, s.tokens / s.tp if group.axis == "world" else s.tokens)
+            Matrix(
+                weight,
+                s.tokens / s.tp if group.axis == "world" else s.tokens,
+                shards=s.r if weight.cut == "ring" else 1,
+            )
             for group in self.blocks
             for weight in group.weights
             if weight.cut != "not"
@@ -79,16 +84,22 @@ class Computed:
         """In how many a rank's tokens between the matrices are cut."""
         return self.s.pieces(chunks, 1 if self.account.whole_norms else self.s.tp)[0]
 
-    def gathered(self, half: int) -> bool:
-        """Does a half of a block gather its input for all of its products together?"""
+    @property
+    def travels(self) -> bool:
+        """Do shards of the matrices come by?"""
+        return not alone(self.s.r) and any(matrix.weight.cut == "ring" for matrix in self.matrices)
+
+    def together(self, half: int) -> bool:
+        """Has a half of a block one gradient of its input, of all of its products together?"""
         parts = self.account.linears[half : half + 1]
-        return not alone(self.s.tp) and any(line.beside for part in parts for line in part(self.s))
+        gathered = not alone(self.s.tp) and any(line.beside for part in parts for line in part(self.s))
+        return gathered or self.travels
 
     def product(self, of: str, matrix: "Matrix") -> Work:
         """y = x W^T, or the gradient of x or of W."""
         n, pieces, rows, columns = matrix.tokens, matrix.pieces, matrix.weight.rows, matrix.weight.columns
         inner = {"y": (n / pieces, columns, rows), "x": (n / pieces, rows, columns), "W": (rows, n / pieces, columns)}
-        return self.on.product(*inner[of], pieces)
+        return self.on.product(*inner[of], pieces * matrix.shards)
 
     def products(self, of: str, matrices: Iterable["Matrix"]) -> Work:
         return sum((self.product(each, matrix) for matrix in matrices for each in of), NOTHING)
@@ -102,13 +113,45 @@ class Computed:
     def linears(self, way: str) -> Work:
         """A block's matrices. What is run again stops where backward has what it needs: before the last product."""
         attention, mlp, chunked = self.matrices[:4], self.matrices[4:], self.s.mlp_chunks > 1
+        found = NOTHING
+        if self.travels:
+            passes = [*self.passes(0), *self.passes(1)][: 3 if way == "again" else 4]
+            found = sum((self.travelling(way, each) for each in passes), NOTHING)
         if way == "forward":
-            return self.products("y", self.matrices)
+            return found + self.products("y", self.matrices)
         if way == "again":
             pieces = mlp[0].pieces
             of_mlp = self.products("y", mlp) * ((pieces - 1) / pieces) if chunked else self.products("y", mlp[:2])
-            return self.products("y", attention) + of_mlp
-        return self.products("xW", self.matrices) + self.products("y", mlp[:2] if chunked else ()) + self.summed(mlp)
+            return found + self.products("y", attention) + of_mlp
+        return (
+            found
+            + self.products("xW", self.matrices)
+            + self.products("y", mlp[:2] if chunked else ())
+            + self.summed(mlp)
+        )
+
+    def passes(self, half: int) -> list[list["Matrix"]]:
+        """Of a half of a block, those whose shards travel together."""
+        cuts = ((0, 3), (3, 4)) if half == 0 else ((4, 6), (6, 7))
+        return [self.matrices[start:stop] for start, stop in cuts]
+
+    def travelling(self, way: str, of: list["Matrix"]) -> Work:
+        """Of a pass: its shards into the message in which they leave, and sums over those that come by, in fp32.
+
+        Of the output of down, and of the gradients of the other inputs, and of the shards.
+        """
+        s, on = self.s, self.on
+        shards, down = [each.weight.rows * each.weight.columns for each in of], of[-1] is self.matrices[-1]
+        found = sum((self.copy(s.e * shard) for shard in shards), NOTHING)
+        if down != (way == "backward"):
+            x = s.tokens * (of[0].weight.rows if down else of[0].weight.columns)
+            found += on.moves((s.e + WIDE) * x, 1 + (s.e != WIDE), "copy") + on.moves((s.e + 2 * WIDE) * x, s.r)
+        if way == "backward":
+            found += on.moves((s.e + s.e_dw) * sum(shards), 1, "copy")
+            for shard in shards:
+                found += on.moves((s.e + 2 * s.e_dw) * shard, s.r)
+                found += on.moves((s.e + s.e_dw) * shard, int(s.e != s.e_dw), "copy")
+        return found
 
     def summed(self, matrices: Iterable["Matrix"]) -> Work:
         """The pieces' parts of a weight's gradient."""
@@ -223,7 +266,8 @@ class Computed:
         s, gate = self.s, self.matrices[4]
         x, inside = self.account.between(s) * s.d, (s.tokens * s.d, gate.tokens * s.d)
         q, k = s.tokens * s.h * s.K / s.tp, s.tokens * s.kv_heads * s.K
-        wide, pieces, chunked = gate.tokens * gate.weight.rows / gate.pieces, gate.pieces, s.mlp_chunks > 1
+        wide = gate.tokens * gate.weight.rows * gate.shards / gate.pieces
+        pieces, chunked = gate.pieces, s.mlp_chunks > 1
 
         def kernels(way: str, residuals: int) -> Work:
             found = self.on.kernel(f"norm{way}", x, s.e, 2) + self.on.kernel(f"swiglu{way}", wide, s.e, pieces)
@@ -234,7 +278,7 @@ class Computed:
             return kernels("", 2 if way == "forward" else 1) + self.copy(x * s.e, int(chunked))
         found = kernels(" backward", 2)
         for half, (elements, sums) in enumerate(zip(inside, (2, 1), strict=True)):
-            found += self.on.kernel("other", elements, s.e, 0 if self.gathered(half) else sums)
+            found += self.on.kernel("other", elements, s.e, 0 if self.together(half) else sums)
         if s.selective:
             found += self.on.kernel("norm", x, s.e, 2)
         if s.selective or chunked:

@@ -9,7 +9,7 @@ What an account calls `beside` something costs the time by which it is longer; f
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -194,12 +194,14 @@ class Step(Computed):
 
     def exchanged(self, way: str, lines: Iterable[Sent], half: int | None = None) -> Phase:
         """Waiting for what is sent, and packing it. half: of a block, beside whose products: attention's, the MLP's."""
-        found, hops = Phase(), defaultdict(list)
+        found, hops, shards = Phase(), defaultdict(list), defaultdict(list)
         in_grid: dict[tuple[str, str], dict[str, Amount]] = defaultdict(lambda: defaultdict(float))
         for line in (line for line in lines if line.phase in WAYS[way]):
             us, chunk = line.calls * self.us(line), 1 / self.s.head_chunks
             if line.beside == "attention":
                 hops[line.phase].append(line)
+            elif line.beside == "shards":
+                shards[line.phase].append(line)
             elif line.beside == "products":
                 beside = self.gradients("x" if line.kind == "all_gather" else "W", half)
                 found.wait(line.kind, us, self.ahead(beside.us))
@@ -221,35 +223,49 @@ class Step(Computed):
                 found.wait("all_to_all", sum(summed))
                 continue
             self.around_rings(found, pass_of(phase), lines)
+        for phase, lines in shards.items():
+            found.add(self.shards_come_by(phase, lines, half or 0))
         return found
 
     def around_rings(self, found: Phase, way: str, lines: Iterable[Sent]) -> None:
         """Beside a block the next one comes by, and beside all blocks of an inner ring that of the next of these."""
         chunks, s = self.s.head_chunks, self.s
-        own, visiting = (self.ahead(work.us) / chunks for work in self.blocks_of_attention(way))
+        own, visiting = (work.us / chunks for work in self.blocks_of_attention(way))
         hop: dict[str, list[Amount]] = defaultdict(lambda: [0.0, 0.0])  # of what visits, and of its gradient
         for line in lines:
             hop[line.axis][line.of in GRADIENTS] += self.us(line)
         if s.inner is None:
-            self.around(found, s.r, hop["ring"], own, visiting, chunks)
+            found.add(self.around(s.r, hop["ring"], own, visiting), chunks)
             return
-        rings = s.r / s.inner
-        self.around(found, s.inner, hop["inner"], own, visiting, chunks)
-        self.around(found, s.inner, hop["inner"], visiting, visiting, chunks * (rings - 1))
-        a_ring = own + (s.inner - 1) * np.maximum(visiting, sum(hop["inner"]))
-        self.around(found, rings, hop["outer"], a_ring, a_ring, chunks)
+        rings, a_ring = s.r / s.inner, own + (s.inner - 1) * np.maximum(visiting, sum(hop["inner"]))
+        found.add(self.around(s.inner, hop["inner"], own, visiting), chunks)
+        found.add(self.around(s.inner, hop["inner"], visiting, visiting), chunks * (rings - 1))
+        found.add(self.around(rings, hop["outer"], a_ring, a_ring), chunks)
 
-    def around(self, found: Phase, r: Amount, hop: list[Amount], own: Amount, visiting: Amount, times: Amount) -> None:
-        """So many times around a ring of r; gradients come with the block after the next one."""
-        fetched, summed = hop
-        if np.any(summed):
-            visits = [(own, fetched, np.minimum(r - 1, 1)), (visiting, fetched, np.minimum(r - 2, 1))]
-            visits += [(visiting, fetched + summed, r - 3), (visiting, summed, np.minimum(r - 2, 1))]
-            found.wait("p2p", summed, times=times * np.minimum(r - 1, 1))
-        else:
-            visits = [(own, fetched, np.minimum(r - 1, 1)), (visiting, fetched, r - 2)]
-        for block, took, n in visits:
-            found.wait("p2p", took, block, times * np.maximum(n, 0))
+    def around(self, r: Amount, hop: Sequence[Amount], own: Amount, visiting: Amount, home: Amount = 0.0) -> Phase:
+        """Beside what is computed of one block or shard the next comes by; in backward also the gradient of the one
+        before, the last of them beside what is computed at `home`.
+        """
+        found, least, (fetched, summed) = Phase(), np.minimum(r - 1, 1), hop
+        visits = [(own, fetched, least), (home, summed, least)]
+        visits += [(visiting, fetched, np.minimum(r - 2, 1)), (visiting, summed, np.minimum(r - 2, 1))]
+        visits += [(visiting, fetched + summed, r - 3)]
+        for block, took, times in visits:
+            found.wait("p2p", took, self.ahead(block), np.maximum(times, 0))
+        return found
+
+    def shards_come_by(self, phase: str, lines: list[Sent], half: int) -> Phase:
+        """Each pass of them goes around beside the products of those that were in the buffer before."""
+        found, r, back = Phase(), self.s.r, phase == "backward"
+        way = "again" if phase == "recompute" else phase
+        fetched, summed = (lines[::2], lines[1::2]) if back else (lines, [])
+        for number, (matrices, hop) in enumerate(zip(self.passes(half), fetched, strict=False)):
+            kernels = self.travelling(way, matrices).us
+            y, x, w = (self.products(of, matrices).us / r for of in "yxW")
+            first, others = (x, x + w + kernels / r) if back else (y + kernels / r, y + kernels / r)
+            home = self.us(summed[number]) if back else 0.0
+            found.add(self.around(r, (self.us(hop), home), first, others, w))
+        return found
 
     def us(self, line: Sent) -> Amount:
         return self.on.collective(line, self.places[line.axis]) / self.links
@@ -265,7 +281,7 @@ class Step(Computed):
         """Replicas' gradients, and their new weights; gradients of which tp ranks have a part; the gradient's norm."""
         s = self.s
         zero = weights.zero_step([*self.account.groups(s), *self.ends], s) if s.stage < 2 else []
-        return [*zero, *weights.summed_over_tp(s, not self.account.whole_norms), *weights.clipped(s)]
+        return [*zero, *self.account.summed_at_end(s), *weights.clipped(s)]
 
     @property
     def to_host(self) -> Amount:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from math import gcd, lcm, prod
 from typing import Any
 
-from conf.keys import CHUNKS, PLACEMENTS, Config, multiples
+from conf.keys import CHUNKS, PLACEMENTS, Config, keys, multiples
 from conf.words import Invalid, around, divisors
 
 AXES = ("dp", "tp", "ulysses", "ring")
@@ -134,11 +134,13 @@ def two_for_each(config: Config, free: int, left_open: list[str]) -> Degrees:
 
 @dataclass(frozen=True)
 class Footing:
-    """Where a strategy can stand: its axes beside dp, its rules, and how open axes share the ranks."""
+    """Where a strategy can stand: its axes beside dp, its rules, how open axes share the ranks; and `fixed`, keys that
+    it has one value of."""
 
     axes: tuple[str, ...] = ()
     needs: tuple[Needs, ...] = ()
     fill: Fill = first_takes_all
+    fixed: Mapping[str, object] = field(default_factory=dict)
 
 
 STRATEGIES = {
@@ -153,7 +155,8 @@ STRATEGIES = {
         ("tp", "ulysses", "ring"), (heads, heads_before_ulysses, head_chunks, sequence, arranged), two_for_each
     ),
     "odysseus": Footing(("tp", "ring"), (heads, sequence, arranged), widest_tp),
-    "mesh_attention": Footing(("ring",), (sequence, arranged, in_chunks)),
+    "mesh_attention": Footing(("ring",), (sequence, arranged, in_chunks), fixed={"ring.kv": "all_gather"}),
+    "tsp": Footing(("ring",), (sequence,), fixed={"ring.kv": "all_gather", "mlp.chunks": 1}),
 }
 
 
@@ -196,7 +199,7 @@ class Peer:
     @property
     def footing(self) -> Footing:
         ours = STRATEGIES[self.ours]
-        return Footing(ours.axes, (*self.needs, *ours.needs), ours.fill)
+        return Footing(ours.axes, (*self.needs, *ours.needs), ours.fill, self.fixed)
 
 
 PEERS = {
@@ -230,6 +233,17 @@ def names() -> list[str]:
 
 def footing_of(name: str) -> Footing:
     return STRATEGIES[name] if name in STRATEGIES else PEERS[name].footing
+
+
+def fix(config: Config) -> list[str]:
+    """Set what the strategy has one value of to that -> a note where another was asked for."""
+    name, notes = config.strategy.name, []
+    for path, value in footing_of(name).fixed.items():
+        key = keys()[path]
+        if key.of(config) not in (value, key.default):
+            notes.append(f"{name} has {path}={value} alone")
+        key.put(config, value)
+    return notes
 
 
 def rules(config: Config) -> list[Rule]:

@@ -36,6 +36,7 @@ def resolve(written: Config) -> Resolved:
         check_machine(config)
     if (peer := meshes.PEERS.get(config.strategy.name)) is not None:
         check_peer(resolved, peer)
+    resolved.notes += meshes.fix(config)
     fill_model(config.model)
     fill_grad_dtype(config)
     check_offload(config)
@@ -126,7 +127,7 @@ def check_machine(config: Config) -> None:
 
 
 def check_peer(resolved: Resolved, peer: meshes.Peer) -> None:
-    """Is there anything to measure of a peer but time? What it has one value of is set to that."""
+    """Is there anything to measure of a peer but time?"""
     config, notes = resolved.config, resolved.notes
     name, mode = config.strategy.name, config.mode
     if peer.causal:
@@ -135,11 +136,6 @@ def check_peer(resolved: Resolved, peer: meshes.Peer) -> None:
         raise Invalid(f"strategy={name} is raced, and mode={mode} has no race; mode=real or {peer.ours} would do")
     if config.workload == "attention" and not peer.attention:
         raise Invalid(f"workload=attention: {name} has no attention of its own; workload=step would do")
-    for path, value in peer.fixed.items():
-        key = keys()[path]
-        if key.of(config) != value:
-            notes.append(f"{name} has {path}={value} alone")
-            key.put(config, value)
     if peer.adapted and config.device == "cpu":
         notes.append(f"{name}'s schedule on this project's kernel")
 

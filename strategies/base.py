@@ -75,7 +75,11 @@ class Strategy:
 
     def zero_model(self, model: nn.Module) -> None:
         """ZeRO for a whole model: the weights of each block, of the embedding and of the head travel together."""
-        ends = [[model.embed, model.head]] if model.config.tie_embeddings else [[model.embed], [model.head]]
-        for modules in [*([block] for block in model.blocks), *ends]:
-            self.zero(*modules)
+        for block in model.blocks:
+            self.zero(block)
+        self.zero_ends(model)
         self.zero(model)  # owns no weight itself; FSDP2 schedules the others from it
+
+    def zero_ends(self, model: nn.Module) -> None:
+        for modules in [[model.embed, model.head]] if model.config.tie_embeddings else [[model.embed], [model.head]]:
+            self.zero(*modules)

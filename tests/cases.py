@@ -112,14 +112,19 @@ def cases(world_size: int) -> list[Case]:
     found += [Case(name, tp=n) for name in ("tp", "tp_sp", "odysseus")]
     found += [Case("ulysses", ulysses=n)]
     found += [Case("ring", ring=n, layout=layout) for layout in LAYOUTS]
+    found += [Case("tsp", ring=n, kv="all_gather")]
     for ulysses, layout in itertools.product((u for u in range(1, n + 1) if n % u == 0), LAYOUTS):
         if ulysses < n or layout == "zigzag":
             found.append(Case("usp", ulysses=ulysses, ring=n // ulysses, layout=layout))
-    found += [Case("mesh_attention", ring=n, inner=c) for c in (1, 2, 4, 8) if n % c == 0]
+    found += [Case("mesh_attention", ring=n, inner=c, kv="all_gather") for c in (1, 2, 4, 8) if n % c == 0]
     if n == 4:
-        found += [Case("mesh_attention", ring=4, inner=2, layout=layout) for layout in IN_CHUNKS if layout != "zigzag"]
-        found += [Case("mesh_attention", dp=2, ring=2, inner=2, zero_stage=1)]
-        found += [Case("mesh_attention", ring=4, inner=2, recompute="block", mlp_chunks=2)]
+        found += [
+            Case("mesh_attention", ring=4, inner=2, kv="all_gather", layout=layout)
+            for layout in IN_CHUNKS
+            if layout != "zigzag"
+        ]
+        found += [Case("mesh_attention", dp=2, ring=2, inner=2, kv="all_gather", zero_stage=1)]
+        found += [Case("mesh_attention", ring=4, inner=2, kv="all_gather", recompute="block", mlp_chunks=2)]
         found += [Case("ring", ring=4, layout=layout, backward="q") for layout in LAYOUTS]
         found += [Case("ring", ring=4, layout=layout, inner=2) for layout in LAYOUTS]
         found += [Case("ring", ring=4, inner=c, backward="q") for c in (1, 4)]
@@ -134,6 +139,10 @@ def cases(world_size: int) -> list[Case]:
         found += [Case("usp", ulysses=2, ring=2, packed=True, head_chunks=2, recompute="block")]
         found += [Case("ring", ring=4, layout=layout, kv="all_gather") for layout in LAYOUTS]
         found += [Case("usp", ulysses=2, ring=2, packed=True, kv="all_gather", placement="ring_inner")]
+        found += [Case("tsp", ring=4, kv="all_gather", recompute="block", layout=layout) for layout in LAYOUTS]
+        found += [Case("tsp", dp=2, ring=2, kv="all_gather", zero_stage=stage) for stage in (0, 1, 2, 3)]
+        found += [Case("tsp", ring=4, kv="all_gather", zero_stage=1), Case("tsp", dp=4, kv="all_gather")]
+        found += [Case("tsp", ring=4, kv="all_gather", recompute="selective", loss_chunks=3)]
         found += [Case(name, tp=2, ring=2, placement="tp_outer") for name in ("tp_usp", "odysseus")]
         for stage in (0, 1, 2):
             found += [Case("zero", dp=4, zero_stage=stage), Case("usp", ulysses=2, ring=2, zero_stage=stage)]
@@ -150,6 +159,7 @@ def cases(world_size: int) -> list[Case]:
         found += [Case("tp_usp", tp=2, ring=2, recompute="selective", mlp_chunks=2)]
         away = {"recompute": "block", "offload": "activations"}
         found += [Case("zero", dp=4, **away), Case("usp", ulysses=2, ring=2, mlp_chunks=2, loss_chunks=2, **away)]
+        found += [Case("tsp", dp=2, ring=2, kv="all_gather", **away)]
         found += [Case("tp", tp=4, **away), Case("tp_sp", dp=2, tp=2, **away), Case("odysseus", tp=2, ring=2, **away)]
     if n == 8:
         found += [Case("ring", ring=8, inner=c, backward=way) for c in (2, 4) for way in ("kv", "q")]
@@ -169,6 +179,7 @@ MICRO = [  # a batch in parts, one after the other
     Case("tp_usp", tp=2, ring=2, micro_batches=2, mlp_chunks=2, loss_chunks=2),
     Case("odysseus", tp=2, ring=2, micro_batches=2, recompute="block"),
     Case("ring", ring=4, micro_batches=2, recompute="block", offload="activations"),
+    *(Case("tsp", dp=2, ring=2, kv="all_gather", micro_batches=2, zero_stage=stage) for stage in (0, 3)),
 ]
 
 NEEDED = [  # around a ring, or in every sequence, nothing but what a mask lets through
@@ -183,7 +194,10 @@ MASKED = [  # the same with documents and windows
     *(replace(case, documents=True) for case in NEEDED if case.world_size == 4),
     *(Case("ring", ring=4, layout=layout, kv=kv, documents=True, window=7) for layout in LAYOUTS for kv in KV),
     *(Case("ring", ring=4, layout=layout, kv="needed", window=21) for layout in LAYOUTS),
-    *(Case("mesh_attention", ring=4, inner=2, layout=layout, documents=True, window=7) for layout in IN_CHUNKS),
+    *(
+        Case("mesh_attention", ring=4, inner=2, kv="all_gather", layout=layout, documents=True, window=7)
+        for layout in IN_CHUNKS
+    ),
     Case("ring", ring=4, backward="q", documents=True),
     Case("ring", ring=4, inner=2, layout="balanced", documents=True),
     Case("zero", dp=4, documents=True),

@@ -40,6 +40,10 @@ HELD = [
     "strategy=tp_usp mesh.tp=2 mesh.ulysses=2 recompute=none loss.chunks=1",
     "strategy=odysseus mesh.tp=4 mesh.ring=4 recompute=block",
     "strategy=odysseus mesh.tp=8 mesh.ring=1 mesh.dp=2 recompute=none zero_stage=2",
+    "strategy=tsp recompute=block",
+    "strategy=tsp recompute=selective grad_dtype=same ring.layout=striped",
+    "strategy=tsp mesh.dp=2 recompute=none zero_stage=2",
+    "strategy=tsp recompute=block zero_stage=0 offload=activations",
 ]
 
 
@@ -81,7 +85,7 @@ def test_every_row_is_what_its_configuration_is_alone(found):
 def test_no_configuration_stands_twice(found):
     keys = ["strategy", *OF_AXES.values(), "zero_stage", "recompute", "placement", "layout"]
     assert not found.asked.duplicated(keys).any()
-    assert {*found.asked.strategy} == {"zero", "tp", "tp_sp", "ulysses", "ring", "usp", "tp_usp", "odysseus"}
+    assert {*found.asked.strategy} == {"zero", "tp", "tp_sp", "ulysses", "ring", "usp", "tp_usp", "odysseus", "tsp"}
     assert (found.asked.dp * found.asked.tp * found.asked.u * found.asked.r == 16).all()
 
 

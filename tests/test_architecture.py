@@ -118,6 +118,9 @@ def test_the_card_says_what_the_mesh_needs(name):
 KIND_OF = {"AG": "all_gather", "RS": "reduce_scatter", "AR": "all_reduce", "A2A": "all_to_all"}
 
 
+HOPS = r"(?:(\d) x )?\S+-1 hops of (\([^)]*\)(?: and of \([^)]*\))?)"
+
+
 def card_calls(name: str, case: Case) -> dict[tuple[str, str], int]:
     """The card's communication line as calls per block: '2 AG(D) + RS(D)' -> two all_gathers, one reduce_scatter."""
     card = inspect.getmodule(strategies.load(name)).__doc__
@@ -129,7 +132,7 @@ def card_calls(name: str, case: Case) -> dict[tuple[str, str], int]:
     for phase, text in (("forward", forward), ("backward", backward)):
         for count, kind in re.findall(r"(\d*) ?\b(AG|RS|AR|A2A)\(", text):
             calls[phase, KIND_OF[kind]] = calls.get((phase, KIND_OF[kind]), 0) + int(count or 1)
-        hops = text.count("of (k, v)") + text.count("of (dk, dv)")
+        hops = sum(int(times or 1) * of.count("(") for times, of in re.findall(HOPS, text))
         if hops and case.ring > 1:
             calls[phase, "p2p"] = hops * (case.ring - 1)
     return calls
@@ -146,7 +149,7 @@ def counted_calls(rank: int, case: Case) -> dict[tuple[str, str], int]:
 
 
 FIRST_OF_FOUR = {case.strategy: case for case in reversed(CASES) if case.world_size == 4 and case.dp in (1, 4)}
-FIRST_OF_FOUR["mesh_attention"] = Case("mesh_attention", ring=4, inner=2)
+FIRST_OF_FOUR["mesh_attention"] = Case("mesh_attention", ring=4, inner=2, kv="all_gather")
 FIRST_OF_FOUR |= {"usp": Case("usp", ulysses=2, ring=2), "tp_usp": Case("tp_usp", tp=2, ulysses=2, ring=2)}
 
 

@@ -82,6 +82,13 @@ def block_form(case: Case, n_kv_heads: int, batch: int, seq_len: int, e: int) ->
         add("recompute", "all_gather", again, again * f * D)
         add("recompute", "reduce_scatter", again, again * f * D)
         zero(3 * d * i, case.world_size)
+    if case.strategy == "tsp" and r > 1:  # shards of the matrices, in four buffers, and their gradients
+        down, whole = d * i * e, (2 * d * d + 2 * d * d_k + 3 * d * i) * e
+        add("forward", "p2p", 4 * (r - 1), (r - 1) / r * whole, True)
+        add("backward", "p2p", 8 * (r - 1), 2 * (r - 1) / r * whole, True)
+        add("recompute", "p2p", again * 3 * (r - 1), again * (r - 1) / r * (whole - down), True)
+        norms = 2 * d / (case.dp if case.zero_stage else 1) * 4
+        add("backward", "all_reduce", 0, 2 * (r - 1) / r * norms, True)
     g = max(1, n_kv_heads // tp)  # kv heads of a tp rank
     rho = max(1, u // g)
     q, kv = tokens * d / tp * e, tokens * rho * g * k * e  # bytes of a rank's q, and of its k
@@ -122,7 +129,9 @@ def block_form(case: Case, n_kv_heads: int, batch: int, seq_len: int, e: int) ->
         add("backward", "all_reduce", 0, 2 * (copies - 1) / copies * 2 * k * d / zero_ways * 4, True)
     attention = (2 * d * d + 2 * d * max(d_k // tp, k) * tp) / tp
     mlp = 0 if case.strategy == "odysseus" else 3 * d * i / tp
-    if case.dp * u * r > 1:
+    if case.strategy == "tsp":
+        zero((attention + mlp) / r + 2 * d, case.dp)
+    elif case.dp * u * r > 1:
         zero(attention + mlp + 2 * d, case.dp * u * r)
     return {key: (calls[key], form[key]) for key in form}
 
@@ -193,7 +202,9 @@ COSTED = [
     Case("ring", ring=4, kv="all_gather"),
     Case("ring", ring=4, inner=2),
     Case("ring", ring=4, backward="q"),
-    Case("mesh_attention", ring=4, inner=2),
+    Case("mesh_attention", ring=4, inner=2, kv="all_gather"),
+    Case("tsp", ring=4, kv="all_gather"),
+    Case("tsp", dp=2, ring=2, kv="all_gather"),
     Case("usp", ulysses=2, ring=2),
     Case("usp", ulysses=2, ring=2, head_chunks=2),
     Case("tp_usp", tp=2, ulysses=2),

@@ -28,6 +28,7 @@ SPLIT = [
     Case("odysseus", tp=2, ring=2),
     Case("tp_usp", tp=2, ulysses=2),
     Case("tp_usp", tp=2, ring=2),
+    Case("tsp", ring=N, kv="all_gather"),
 ]
 
 
@@ -189,6 +190,8 @@ MIXED = [(replace(case, zero_stage=stage), "fp32") for case in (Case("zero", dp=
 MIXED += [(case, "fp32") for case in (Case("single"), Case("tp", tp=N), *SPLIT[:6])]
 MIXED += [(Case("zero", dp=N, zero_stage=stage), "same") for stage in range(4)]
 MIXED += [(Case("tp_sp", dp=2, tp=2, zero_stage=stage), grads) for stage in (1, 3) for grads in ("fp32", "same")]
+MIXED += [(replace(case, zero_stage=n), "fp32") for case in SPLIT[-1:] for n in (0, 1)] + [(SPLIT[-1], "same")]
+MIXED += [(Case("tsp", dp=2, ring=2, kv="all_gather", zero_stage=stage), "fp32") for stage in range(4)]
 MIXED += [(Case("odysseus", tp=2, ring=2), "same"), (Case("tp_sp", tp=N), "same")]
 
 

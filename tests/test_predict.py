@@ -44,6 +44,9 @@ CASES = [
     "strategy=tp_usp mesh.tp=4 mesh.ulysses=4 recompute=block",
     "strategy=odysseus mesh.tp=8 mesh.ring=8 recompute=selective",
     "strategy=odysseus mesh.tp=16 mesh.ring=1 mesh.dp=4",
+    "strategy=tsp recompute=block seq_len=524288",
+    "strategy=tsp mesh.ring=16 mesh.dp=4 recompute=selective",
+    "strategy=tsp world_size=16 zero_stage=1 batch_size=2 micro_batches=2 grad_dtype=same",
     "workload=attention strategy=usp mesh.ulysses=8 ring.layout=striped",
     "workload=attention strategy=ulysses mesh.ulysses=16 mesh.dp=4 direction=forward",
 ]

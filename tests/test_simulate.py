@@ -32,6 +32,7 @@ DEEP = [
     Case("usp", ulysses=2, ring=2, recompute="block", loss_chunks=3),
     Case("odysseus", tp=2, ring=2, mlp_chunks=2),
     Case("tp_usp", tp=2, ulysses=2, recompute="block"),
+    Case("tsp", ring=4, kv="all_gather", recompute="block"),
 ]
 LONG_RINGS = [
     *(Case("ring", ring=8, layout=layout, recompute="block") for layout in LAYOUTS),
@@ -41,6 +42,8 @@ LONG_RINGS = [
     *(Case("ring", ring=12, layout=layout, inner=2) for layout in LAYOUTS),
     *(Case("ring", ring=12, layout=layout, inner=3, backward="q") for layout in ("contiguous", "zigzag")),
     Case("ring", ring=8, layout="striped", backward="q"),
+    Case("tsp", ring=8, kv="all_gather"),
+    Case("tsp", dp=2, ring=7, kv="all_gather", recompute="block"),
 ]
 
 

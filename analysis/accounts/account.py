@@ -27,10 +27,11 @@ class Account:
 
     linears: what a block exchanges around its matrices. attention: between its projections, and kept_in_attention the
     bytes that it keeps there. ends: what the embedding, the head and the loss exchange. groups: the blocks' weights, as
-    they travel together. pairs: of a query and a key, that a rank computes. in_grid: are
-    they of a row's queries and a column's keys. whole_norms: does a norm see all tokens of
-    a tp group, not 1/tp of them. rows: those of the table, variant -> the letters that it changes; a word stands for
-    its symbol.
+    they travel together; whole: those with which a rank computes, where it has no more than shards of them. summed:
+    gradients of which ranks have a part, beside those of tp, once a step. pairs: of a query and a key, that a rank
+    computes. in_grid: are they of a row's queries and a column's keys. whole_norms: does a norm see all tokens of a tp
+    group, not 1/tp of them. rows: those of the table, variant -> the letters that it changes; a word stands for its
+    symbol.
     """
 
     linears: tuple[Exchange, ...] = ()
@@ -38,6 +39,8 @@ class Account:
     ends: Exchange = lambda s: []
     kept_in_attention: Callable[[Letters], Amount] = kept_by_kernel
     groups: Callable[[Letters], list[Group]] = weights.of_blocks
+    whole: Callable[[Letters], list[Group]] | None = None
+    summed: Exchange = lambda s: []
     pairs: Callable[[Letters], Amount] = flops.pairs
     in_grid: bool = False
     whole_norms: bool = False
@@ -62,8 +65,11 @@ class Account:
         blocks = [line.times(s.layers * s.micro) for line in self.exchanges(s)]
         ends = [line.times(s.micro) for line in self.ends(s)]
         zero = weights.zero_step([*self.groups(s), *weights.of_ends(s)], s)
-        summed = weights.summed_over_tp(s, split_norms=not self.whole_norms)
-        return something([*blocks, *ends, *zero, *summed, *weights.clipped(s)])
+        return something([*blocks, *ends, *zero, *self.summed_at_end(s), *weights.clipped(s)])
+
+    def summed_at_end(self, s: Letters) -> list[Sent]:
+        """Gradients of which ranks have a part."""
+        return [*weights.summed_over_tp(s, split_norms=not self.whole_norms), *self.summed(s)]
 
     def of_attention(self, s: Letters, backward: bool) -> list[Sent]:
         """workload=attention: what is exchanged between the projections of one block."""
@@ -73,7 +79,7 @@ class Account:
     def flops_of_step(self, s: Letters) -> Amount:
         """What a rank computes in a step, forward and backward; what is run again does not count."""
         head = weights.of_ends(s)[-1]
-        matrices = flops.of_matrices([*self.groups(s), head], s)
+        matrices = flops.of_matrices([*(self.whole or self.groups)(s), head], s)
         return s.micro * (matrices + s.layers * self.flops_of_attention(s, backward=True))
 
     def flops_of_attention(self, s: Letters, backward: bool) -> Amount:

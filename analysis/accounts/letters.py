@@ -188,10 +188,10 @@ class Letters:
         """A tp rank's part of n columns, cut in so many ways."""
         return part(n, ways, self.at, "tp")
 
-    def shard(self, rows: Amount) -> Amount:
+    def shard(self, rows: Amount, axis: str = "zero") -> Amount:
         """A rank's rows of a weight that FSDP2 has cut: equal parts, and the last ones what is left."""
-        chunk = whole(rows / self.sharing)
-        return chunk if self.at is None else max(0, min(chunk, rows - self.at["zero"] * chunk))
+        chunk = whole(rows / (self.sharing if axis == "zero" else self.dp))
+        return chunk if self.at is None else max(0, min(chunk, rows - self.at[axis] * chunk))
 
     def pieces(self, chunks: int, tp: Amount) -> tuple[int, Amount]:
         """How many pieces a rank's 1/tp of the tokens is cut into, at most `chunks`; which part the last one is."""

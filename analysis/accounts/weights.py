@@ -12,7 +12,7 @@ from analysis.accounts.sent import Sent, all_gather, all_reduce, reduce_scatter
 
 @dataclass(frozen=True)
 class Weight:
-    """A tp rank's slice of a matrix or a norm, and how it is cut: by `tp`, as a shared `kv` head, or `not`."""
+    """A rank's slice of a matrix or a norm, and how it is cut: by `tp`, as a shared `kv` head, by `ring`, or `not`."""
 
     rows: Amount
     columns: Amount
@@ -93,10 +93,11 @@ def buffers(groups: list[Group], s: Letters) -> list[tuple[Amount, Amount]]:
     It is padded to equal parts.
     """
     alike: dict[tuple[str, str], Amount] = {}
+    slicing = {"zero": s.tp, "dp": s.r}  # where ranks that share a weight may have a slice of it, or all
     ranks = {group.axis: group.ranks for group in groups}
     for group in groups:
         for w in group.weights:
-            key = group.axis, w.cut if not alone(s.tp) and group.axis == "zero" else "not"
+            key = group.axis, w.cut if not alone(slicing.get(group.axis, 1)) else "not"
             alike[key] = alike.get(key, 0) + group.times * w.rows * w.columns
     return [(p, whole(elements / p) * p) for (axis, _), elements in alike.items() for p in [ranks[axis]]]
 
@@ -132,9 +133,11 @@ class Share:
 
 
 def shares(groups: list[Group], s: Letters) -> list[Share]:
-    if s.stage < 2:
-        return [Share(n, n / p if s.stage == 1 else n, 1, False) for p, n in buffers(groups, s)]
     found = []
+    if s.stage < 2:
+        shared = [group for group in groups if not alone(group.ranks)]
+        found = [Share(n, n / p if s.stage == 1 else n, 1, False) for p, n in buffers(shared, s)]
+        groups = [group for group in groups if alone(group.ranks)]
     for group in groups:
         for w in group.weights:
             shard = group.times * whole(w.rows / group.ranks) * w.columns

@@ -82,9 +82,9 @@ def sum_over(x: Tensor, axis: Axis) -> Tensor:
     return total
 
 
-def shift(x: Tensor, axis: Axis) -> Pending:
+def shift(x: Tensor, axis: Axis, into: Tensor | None = None) -> Pending:
     """Send x to the next rank along the axis and receive the previous one's: one hop of the ring."""
-    arrived = torch.empty_like(x)
+    arrived = torch.empty_like(x) if into is None else into
     hop = [
         dist.P2POp(dist.isend, x, axis.peer(+1), axis.group),
         dist.P2POp(dist.irecv, arrived, axis.peer(-1), axis.group),

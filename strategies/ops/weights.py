@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from strategies.ops.collectives import reduce_scatter_chunks, start_all_gather, sum_over
@@ -141,6 +141,12 @@ def schedule_as_one(model: nn.Module, axis: Axis) -> None:
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         plain = {parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)}
         fully_shard(model, mesh=axis.mesh, ignored_params=plain)
+
+
+def gather_nothing_ahead(module: nn.Module) -> None:
+    """In its backward, where FSDP2 takes for the next what comes after all blocks, of which it knows nothing."""
+    if isinstance(module, FSDPModule):
+        module.set_modules_to_backward_prefetch([module])  # which is here already; none would mean the default
 
 
 class Replicas:
