@@ -216,8 +216,16 @@ def label(row: pd.Series) -> str:
 
 def keys_of(row: pd.Series) -> list[str]:
     """What is told apart beside strategy and mesh, as it is typed."""
-    layout = [f"ring.layout={row.layout}"] if row.r > 1 else []
-    return [f"zero_stage={row.zero_stage}", f"recompute={row.recompute}", f"placement={row.placement}", *layout]
+    ring = [f"ring.layout={row.layout}"] if row.r > 1 else []
+    ring += [f"ring.inner={row.inner:.0f}"] if row.inner == row.inner else []
+    ring += ["ring.backward=q"] if row.queries else []
+    return [f"zero_stage={row.zero_stage}", f"recompute={row.recompute}", f"placement={row.placement}", *ring]
+
+
+def around(row: pd.Series) -> str:
+    """How its ring is laid out, in the table."""
+    inner = f", inner {row.inner:.0f}" if row.inner == row.inner else ""
+    return f"{row.layout}{inner}{', q in backward' * bool(row.queries)}" if row.r > 1 else ""
 
 
 def exposed(row: pd.Series) -> float:
@@ -233,7 +241,7 @@ def table(found: Advice, rows: pd.DataFrame) -> pd.DataFrame:
             "zero": row.zero_stage,
             "recompute": row.recompute,
             "placement": row.placement,
-            "layout": row.layout if row.r > 1 else "",
+            "ring": around(row),
             "step ms": f"{row.step_ms:,.1f}",
             "tokens/s": f"{tokens / row.step_ms * 1000:,.0f}",
             "waiting": f"{exposed(row) / row.step_ms:.0%}",

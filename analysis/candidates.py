@@ -23,7 +23,7 @@ from conf import meshes
 from conf.keys import Config, MeshConfig, StrategyConfig, keys
 from conf.words import divisors
 
-GROUPS = (*OF_AXES, "zero", "world", "tp_replicas")
+GROUPS = (*OF_AXES, "inner", "outer", "zero", "world", "tp_replicas")
 NEEDED = {"usp": ("ulysses", "ring"), "tp_usp": ("tp",), "odysseus": ("tp",)}  # or it is a strategy of fewer axes
 ALONE = ("tp", "sharing", "kv_shared", "dp")  # letters of which 1 branches the formulas
 
@@ -71,11 +71,13 @@ class Space:
         if account is None or places.empty:
             return pd.DataFrame()
         config, kv_heads = self.of(name), self.config.model.n_kv_heads
+        places["inner"] = places["inner"].astype(float)  # nan: none
         places["sharing"] = places.dp * places.u * places.r
         places["rho"] = np.maximum(1, places.u // np.maximum(1, kv_heads // places.tp))
         places["kv_shared"] = np.maximum(1, places.tp // kv_heads)
         found = []
-        for _, group in places.groupby([places[letter] == 1 for letter in ALONE], sort=False):
+        branches = [*(places[letter] == 1 for letter in ALONE), places["inner"].isna(), places["queries"]]
+        for _, group in places.groupby(branches, sort=False):
             columns = {name: group[name].to_numpy() for name in group}
             places_of = {axis: Places(columns[f"{axis} ranks"], columns[f"{axis} stride"]) for axis in GROUPS}
             known: dict[tuple[str, str], Any] = {}
@@ -97,7 +99,8 @@ class Space:
         known: dict[tuple[str, str], Any],
     ) -> dict[str, np.ndarray]:
         sizes: dict[str, Any] = {name: columns[name] for name in (*OF_AXES.values(), "rho", "kv_shared", "L")}
-        sizes |= {"layout": columns["layout"].astype(str), "stage": stage}
+        sizes |= {"layout": columns["layout"].astype(str), "stage": stage, "queries": bool(columns["queries"][0])}
+        sizes |= {"inner": None if np.isnan(columns["inner"]).any() else columns["inner"].astype(int)}
         sizes |= {"recompute": recompute == "block", "selective": recompute == "selective"}
         batch = np.maximum(1, whole(config.micro_batch_size / columns["dp"]))
         s = replace(Letters.of(config), B=batch, **sizes)
@@ -112,7 +115,8 @@ class Space:
             "zero_stage": stage,
             "recompute": recompute,
         }
-        same = {name: columns[name] for name in ("scenario", "layout", "placement", *OF_AXES.values(), "rho")}
+        named = ("scenario", "layout", "inner", "queries", "placement", *OF_AXES.values(), "rho")
+        same = {name: columns[name] for name in named}
         return {**same, **{name: np.broadcast_to(value, batch.shape) for name, value in priced.items()}}
 
     def of(self, name: str) -> Config:
@@ -128,21 +132,49 @@ class Space:
         asked = {"scenario": scenario.name, "L": scenario.seq_len, "links": scenario.links}
         for degrees in self.meshes_of(name, scenario.world_size):
             letters = {OF_AXES[axis]: degree for axis, degree in degrees.items()}
-            places = list(self.placed(degrees, [self.config.placement] if scenario.usual else self.values("placement")))
+            places = list(self.placed(name, degrees, scenario))
             several = degrees["ring"] > 1 and not scenario.usual
             for layout in self.values("ring.layout") if several else [self.config.ring.layout]:
                 if self.stands(name, degrees, layout, scenario):
                     yield from ({**asked, **letters, "layout": layout, **place} for place in places)
 
-    def placed(self, degrees: Mapping[str, int], placements: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """Placements that differ, with the ranks and the stride of every axis."""
-        seen = []
-        for placement in placements:
-            lines = mesh_of(degrees, placement, max(1, degrees["tp"] // self.config.model.n_kv_heads))
-            if (strides := [stride for ranks, stride in lines.values() if ranks > 1]) not in seen:
-                seen.append(strides)
+    def placed(self, name: str, degrees: Mapping[str, int], scenario: Scenario) -> Iterator[dict[str, Any]]:
+        """Placements that differ, with the ranks and the stride of every axis, and ways to go around the ring."""
+        seen, kv_shared = [], max(1, degrees["tp"] // self.config.model.n_kv_heads)
+        for placement in [self.config.placement] if scenario.usual else self.values("placement"):
+            lines = mesh_of(degrees, placement, kv_shared)
+            if (strides := [stride for ranks, stride in lines.values() if ranks > 1]) in seen:
+                continue
+            seen.append(strides)
+            for inner in self.inner_rings(name, degrees["ring"], lines["ring"][1], scenario):
+                lines = {"inner": (1, 1), "outer": (1, 1), **mesh_of(degrees, placement, kv_shared, inner)}
                 ranks = {f"{axis} ranks": line[0] for axis, line in lines.items()}
-                yield {"placement": placement, **ranks, **{f"{axis} stride": line[1] for axis, line in lines.items()}}
+                strides_of = {f"{axis} stride": line[1] for axis, line in lines.items()}
+                for queries in self.travels(name, degrees["ring"], scenario):
+                    yield {"placement": placement, "inner": inner, "queries": queries, **ranks, **strides_of}
+
+    def inner_rings(self, name: str, ring: int, stride: int, scenario: Scenario) -> list[int | None]:
+        """Of mesh_attention rows; of a ring over several nodes none, or rings inside these."""
+        if name == "mesh_attention" and "ring.inner" not in self.given:
+            return [meshes.best_row(ring, self.config.model)] if scenario.usual else [*divisors(ring)]
+        here = self.machine.ranks_per_node // stride
+        goes_around = ring > 1 and self.of(name).ring.kv == "rotate"
+        if (
+            scenario.usual
+            or "ring.inner" in self.given
+            or not goes_around
+            or ring % max(1, here)
+            or not 1 < here < ring
+        ):
+            return [self.config.ring.inner if goes_around or name == "mesh_attention" else None]
+        return [None, here]
+
+    def travels(self, name: str, ring: int, scenario: Scenario) -> list[bool]:
+        """May queries go around in backward? With fewer heads of keys they are never less to send."""
+        if "ring.backward" in self.given or scenario.usual:
+            return [self.of(name).ring.backward == "q"]
+        alike = self.config.model.n_kv_heads == self.config.model.n_heads
+        return [False, True] if alike and ring > 1 and self.of(name).ring.kv == "rotate" else [False]
 
     def meshes_of(self, name: str, world_size: int) -> Iterator[dict[str, int]]:
         """Degrees of every axis. Of dp no more than there are sequences, but for zero, which has nothing else."""

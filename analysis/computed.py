@@ -219,11 +219,15 @@ class Computed:
         Under a causal mask a tile along the diagonal, and one before and one behind it, in zigzag of either half.
         """
         s, on = self.s, self.on
-        n, heads, halves = s.L // s.r, s.B * s.h / s.tp, 2 if s.layout == "zigzag" else 1
-        diagonal = halves * computed(n // halves, on.clock.tile)
-        whole = self.account.pairs(s) / heads - halves * computed(n // halves, 1)
+        n, heads = s.L // s.r, s.B * s.h / s.tp
+        halves = np.where(s.layout == "zigzag", 2, 1)
+        square = n // halves
+        whole = (s.r - 1) * np.where(s.layout == "contiguous", n * n, n * (n // 2)) + (halves - 1) * square**2
+        if s.seen is not None:
+            whole = max(0, s.seen["pairs"] / s.B - halves * computed(square, 1))
+        diagonal = computed(square, on.clock.tile)
         around = halves * (1 * (s.inner > 1) + 1 * (s.r > 1))
-        found = on.attention(way, heads * diagonal / halves, s.K, halves)
+        found = on.attention(way, heads * diagonal, s.K, halves)
         found += on.attention(way, heads * whole / np.maximum(around, 1), s.K, around)
         row, column = s.inner * s.q / s.e, 2 * s.r / s.inner * s.kv / s.e
         sorts = 1 * (s.layout != "contiguous")

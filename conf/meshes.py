@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from math import gcd, lcm, prod
 from typing import Any
 
-from conf.keys import CHUNKS, PLACEMENTS, Config, keys, multiples
+from conf.keys import CHUNKS, PLACEMENTS, Config, ModelConfig, keys, multiples
 from conf.words import Invalid, around, divisors
 
 AXES = ("dp", "tp", "ulysses", "ring")
@@ -96,6 +96,11 @@ def arranged(config: Config, degrees: Degrees) -> Rule:
     return Rule("ring.inner", config.ring.inner or 1, f"must divide mesh.ring = {ring}", divisors(ring))
 
 
+def best_row(ring: int, model: ModelConfig) -> int:
+    """Of mesh_attention, ranks of a row with which least is sent: queries along it, and keys along a column."""
+    return min(divisors(ring), key=lambda row: row + ring // row * model.n_kv_heads / model.n_heads)
+
+
 def in_chunks(config: Config, degrees: Degrees) -> Rule:
     """Neighbours in rows and columns: of striped tokens no two see the same keys, and each would be a tile alone."""
     layouts = ["balanced", "contiguous", *(["striped"] if degrees["ring"] == 1 else []), "zigzag"]
@@ -155,8 +160,10 @@ STRATEGIES = {
         ("tp", "ulysses", "ring"), (heads, heads_before_ulysses, head_chunks, sequence, arranged), two_for_each
     ),
     "odysseus": Footing(("tp", "ring"), (heads, sequence, arranged), widest_tp),
-    "mesh_attention": Footing(("ring",), (sequence, arranged, in_chunks), fixed={"ring.kv": "all_gather"}),
-    "tsp": Footing(("ring",), (sequence,), fixed={"ring.kv": "all_gather", "mlp.chunks": 1}),
+    "mesh_attention": Footing(
+        ("ring",), (sequence, arranged, in_chunks), fixed={"ring.kv": "all_gather", "ring.backward": "kv"}
+    ),
+    "tsp": Footing(("ring",), (sequence,), fixed={"ring.kv": "all_gather", "ring.backward": "kv", "mlp.chunks": 1}),
 }
 
 

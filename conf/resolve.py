@@ -183,19 +183,17 @@ def check_ring(config: Config) -> None:
         "ring.inner": ring.inner,
     }
     for path, value in asked.items():
+        default = keys()[path].default or "null"
         if value and "ring" not in meshes.footing_of(name).axes:
-            default = keys()[path].default or "null"
             raise Invalid(f"{path}={value}: strategy {name} has no ring axis; {default} would do")
         if value and path != "ring.kv" and ring.kv != "rotate" and name != "mesh_attention":
-            raise Invalid(f"{path}={value}: with ring.kv={ring.kv} nothing goes around the ring; rotate would do")
+            raise Invalid(f"{path}={value}: with ring.kv={ring.kv} nothing goes around the ring; {default} would do")
 
 
 def fill_rows(config: Config) -> None:
-    """Of mesh_attention: rows of as many ranks as send least, of queries along a row and of keys along a column."""
+    """Of mesh_attention."""
     if config.strategy.name == "mesh_attention" and config.ring.inner is None:
-        ring, model = config.mesh.ring or 1, config.model
-        rho = model.n_kv_heads / model.n_heads
-        config.ring.inner = min(divisors(ring), key=lambda row: row + ring // row * rho)
+        config.ring.inner = meshes.best_row(config.mesh.ring or 1, config.model)
 
 
 def fill_from_checkpoint(model: ModelConfig) -> None:
