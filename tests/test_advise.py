@@ -83,7 +83,7 @@ def test_every_row_is_what_its_configuration_is_alone(found):
 
 
 def test_no_configuration_stands_twice(found):
-    keys = ["strategy", *OF_AXES.values(), "zero_stage", "recompute", "placement", "layout"]
+    keys = ["strategy", *OF_AXES.values(), "zero_stage", "recompute", "placement", "layout", "inner", "queries"]
     assert not found.asked.duplicated(keys).any()
     assert {*found.asked.strategy} == {"zero", "tp", "tp_sp", "ulysses", "ring", "usp", "tp_usp", "odysseus", "tsp"}
     assert (found.asked.dp * found.asked.tp * found.asked.u * found.asked.r == 16).all()

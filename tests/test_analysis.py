@@ -57,7 +57,7 @@ def test_the_table_has_every_strategy_in_the_order_of_the_folder():
 def test_the_formulas_with_numbers_put_in_are_the_numbers(row):
     """The symbols and the plain arithmetic are one code; this holds the simplified expressions to it."""
     numbers = {"B": 2, "L": 4096, "d": 512, "i": 1536, "h": 8, "h_kv": 8, "V": 1024, "n_layers": 3, "e": 2, "e_g": 4}
-    ranks = {"N": 4, "tp": 2, "u": 2, "r": 2, "rho": 1, "dp": 1, "H": 100}
+    ranks = {"N": 4, "tp": 2, "u": 2, "r": 2, "c": 2, "rho": 1, "dp": 1, "H": 100}
 
     def number(value):
         if isinstance(value, dict):

@@ -54,6 +54,6 @@ ACCOUNT = Account(
             "unknown; with h_kv = h and c = 16 it is 88.2 % here",
         ),
     ),
-    colour="#cc79a7",
-    marker="X",
+    colour="#44aa99",
+    marker="8",
 )
