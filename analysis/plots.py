@@ -29,6 +29,7 @@ from analysis.reading import Sweep
 from conf.columns import MIB
 from conf.keys import keys
 from conf.labels import text
+from conf.meshes import AXES, names
 
 BLUE, SKY, ORANGE, GREEN, ROSE, GREY = "#0072b2", "#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#bbbbbb"
 KINDS = {"all_gather": BLUE, "reduce_scatter": SKY, "all_reduce": ORANGE, "all_to_all": GREEN, "p2p": ROSE}
@@ -231,6 +232,29 @@ def bytes_sent(sweep: Sweep) -> Figure:
     ax.set_title(f"Counted bytes end where the formula says, at {at}{left_out}", loc="left")
     legend_below(figure)
     return figure
+
+
+def bytes_by_tier(sweep: Sweep) -> Figure:
+    """What stays on a host and what leaves it; placements of one mesh beside each other."""
+    rows = sweep.ok[sweep.ok.get("comm_bytes_inter", pd.Series(0, sweep.ok.index)) > 0]
+    if rows.empty:
+        raise Unavailable("Bytes by link tier: no row has ranks on several hosts.")
+    rows, left_out = bars(longest(rows), "comm_bytes_inter")
+    rows = rows.sort_values(["strategy", *AXES, "placement"], key=in_order, kind="stable")
+    unit, name = (1e9, "GB") if rows.comm_bytes.max() > 2e9 else (MIB, "MiB")
+    tiers = {"across hosts": ("comm_bytes_inter", ORANGE), "inside a host": ("comm_bytes_intra", SKY)}
+    parts = {tier: (rows[column].to_numpy(dtype=float) / unit, shade) for tier, (column, shade) in tiers.items()}
+    figure, ax = stacked(rows, parts)
+    ax.set_xlabel(f"sent by the rank that sends most to other hosts, in a step ({name})")
+    at = f"seq_len={int(rows.seq_len.iloc[0]):,}"
+    ax.set_title(f"What leaves a host decides where links differ, at {at}{left_out}", loc="left")
+    legend_below(figure)
+    return figure
+
+
+def in_order(column: pd.Series) -> pd.Series:
+    """Strategies as they are read."""
+    return column.map(names().index) if column.name == "strategy" else column
 
 
 def sent_by(sweep: Sweep, run_id: str, kind: str) -> int:
@@ -567,6 +591,10 @@ PLOTS: dict[str, tuple[Callable[[Sweep], Figure], str]] = {
         "formula of the cost table.",
     ),
     "ulysses_by_ring": (ulysses_by_ring, "How ranks are best divided between trading heads and travelling keys, here."),
+    "bytes_by_tier": (
+        bytes_by_tier,
+        "Hosts are consecutive ranks; placement, ring.inner and the mesh decide which collectives stay on one.",
+    ),
     "longest_that_fits": (
         longest_that_fits,
         "Simulated memory of the fullest rank, with what a process holds before it begins, against the GPU's. "
