@@ -67,10 +67,10 @@ class Space:
 
     def of_strategy(self, name: str, scenarios: Sequence[Scenario]) -> pd.DataFrame:
         account = account_of(name)
-        places = pd.DataFrame([place for scenario in scenarios for place in self.places(name, scenario)])
+        config, kv_heads = self.of(name), self.config.model.n_kv_heads
+        places = pd.DataFrame([place for scenario in scenarios for place in self.places(config, scenario)])
         if account is None or places.empty:
             return pd.DataFrame()
-        config, kv_heads = self.of(name), self.config.model.n_kv_heads
         places["inner"] = places["inner"].astype(float)  # nan: none
         places["sharing"] = places.dp * places.u * places.r
         places["rho"] = np.maximum(1, places.u // np.maximum(1, kv_heads // places.tp))
@@ -127,18 +127,18 @@ class Space:
 
     # Meshes.
 
-    def places(self, name: str, scenario: Scenario) -> Iterator[dict[str, Any]]:
+    def places(self, config: Config, scenario: Scenario) -> Iterator[dict[str, Any]]:
         """Every legal mesh, layout and placement, but for those that are another strategy's, or the same again."""
         asked = {"scenario": scenario.name, "L": scenario.seq_len, "links": scenario.links}
-        for degrees in self.meshes_of(name, scenario.world_size):
+        for degrees in self.meshes_of(config.strategy.name, scenario.world_size):
             letters = {OF_AXES[axis]: degree for axis, degree in degrees.items()}
-            places = list(self.placed(name, degrees, scenario))
+            places = list(self.placed(config, degrees, scenario))
             several = degrees["ring"] > 1 and not scenario.usual
             for layout in self.values("ring.layout") if several else [self.config.ring.layout]:
-                if self.stands(name, degrees, layout, scenario):
+                if stands(config, degrees, layout, scenario):
                     yield from ({**asked, **letters, "layout": layout, **place} for place in places)
 
-    def placed(self, name: str, degrees: Mapping[str, int], scenario: Scenario) -> Iterator[dict[str, Any]]:
+    def placed(self, config: Config, degrees: Mapping[str, int], scenario: Scenario) -> Iterator[dict[str, Any]]:
         """Placements that differ, with the ranks and the stride of every axis, and ways to go around the ring."""
         seen, kv_shared = [], max(1, degrees["tp"] // self.config.model.n_kv_heads)
         for placement in [self.config.placement] if scenario.usual else self.values("placement"):
@@ -146,19 +146,20 @@ class Space:
             if (strides := [stride for ranks, stride in lines.values() if ranks > 1]) in seen:
                 continue
             seen.append(strides)
-            for inner in self.inner_rings(name, degrees["ring"], lines["ring"][1], scenario):
+            for inner in self.inner_rings(config, degrees["ring"], lines["ring"][1], scenario):
                 lines = {"inner": (1, 1), "outer": (1, 1), **mesh_of(degrees, placement, kv_shared, inner)}
                 ranks = {f"{axis} ranks": line[0] for axis, line in lines.items()}
                 strides_of = {f"{axis} stride": line[1] for axis, line in lines.items()}
-                for queries in self.travels(name, degrees["ring"], scenario):
+                for queries in self.travels(config, degrees["ring"], scenario):
                     yield {"placement": placement, "inner": inner, "queries": queries, **ranks, **strides_of}
 
-    def inner_rings(self, name: str, ring: int, stride: int, scenario: Scenario) -> list[int | None]:
+    def inner_rings(self, config: Config, ring: int, stride: int, scenario: Scenario) -> list[int | None]:
         """Of mesh_attention rows; of a ring over several nodes none, or rings inside these."""
-        if name == "mesh_attention" and "ring.inner" not in self.given:
-            return [meshes.best_row(ring, self.config.model)] if scenario.usual else [*divisors(ring)]
+        in_grid = config.strategy.name == "mesh_attention"
+        if in_grid and "ring.inner" not in self.given:
+            return [meshes.best_row(ring, config.model)] if scenario.usual else [*divisors(ring)]
         here = self.machine.ranks_per_node // stride
-        goes_around = ring > 1 and self.of(name).ring.kv == "rotate"
+        goes_around = ring > 1 and config.ring.kv == "rotate"
         if (
             scenario.usual
             or "ring.inner" in self.given
@@ -166,15 +167,15 @@ class Space:
             or ring % max(1, here)
             or not 1 < here < ring
         ):
-            return [self.config.ring.inner if goes_around or name == "mesh_attention" else None]
+            return [config.ring.inner if goes_around or in_grid else None]
         return [None, here]
 
-    def travels(self, name: str, ring: int, scenario: Scenario) -> list[bool]:
+    def travels(self, config: Config, ring: int, scenario: Scenario) -> list[bool]:
         """May queries go around in backward? With fewer heads of keys they are never less to send."""
         if "ring.backward" in self.given or scenario.usual:
-            return [self.of(name).ring.backward == "q"]
-        alike = self.config.model.n_kv_heads == self.config.model.n_heads
-        return [False, True] if alike and ring > 1 and self.of(name).ring.kv == "rotate" else [False]
+            return [config.ring.backward == "q"]
+        alike = config.model.n_kv_heads == config.model.n_heads
+        return [False, True] if alike and ring > 1 and config.ring.kv == "rotate" else [False]
 
     def meshes_of(self, name: str, world_size: int) -> Iterator[dict[str, int]]:
         """Degrees of every axis. Of dp no more than there are sequences, but for zero, which has nothing else."""
@@ -190,16 +191,16 @@ class Space:
             if fixed and itself and not idle:
                 yield degrees
 
-    def stands(self, name: str, degrees: Mapping[str, int], layout: str, scenario: Scenario) -> bool:
-        config = replace(
-            self.config,
-            strategy=StrategyConfig(name),
-            mesh=MeshConfig(**degrees),
-            ring=replace(self.config.ring, layout=layout),
-            world_size=scenario.world_size,
-            seq_len=scenario.seq_len,
-        )
-        return all(rule.value in rule.allowed for rule in meshes.rules(config))
+
+def stands(config: Config, degrees: Mapping[str, int], layout: str, scenario: Scenario) -> bool:
+    there = replace(
+        config,
+        mesh=MeshConfig(**degrees),
+        ring=replace(config.ring, layout=layout),
+        world_size=scenario.world_size,
+        seq_len=scenario.seq_len,
+    )
+    return all(rule.value in rule.allowed for rule in meshes.rules(there))
 
 
 def factors(n: int, parts: int) -> Iterator[tuple[int, ...]]:
