@@ -71,16 +71,15 @@ class Space:
         places = pd.DataFrame([place for scenario in scenarios for place in self.places(config, scenario)])
         if account is None or places.empty:
             return pd.DataFrame()
-        places["inner"] = places["inner"].astype(float)  # nan: none
         places["sharing"] = places.dp * places.u * places.r
         places["rho"] = np.maximum(1, places.u // np.maximum(1, kv_heads // places.tp))
         places["kv_shared"] = np.maximum(1, places.tp // kv_heads)
         found = []
-        branches = [*(places[letter] == 1 for letter in ALONE), places["inner"].isna(), places["queries"]]
+        branches = [*(places[letter] == 1 for letter in ALONE), places["queries"]]
         for _, group in places.groupby(branches, sort=False):
             columns = {name: group[name].to_numpy() for name in group}
             places_of = {axis: Places(columns[f"{axis} ranks"], columns[f"{axis} stride"]) for axis in GROUPS}
-            known: dict[tuple[str, str], Any] = {}
+            known: dict[Any, Any] = {}
             shares = bool((group.sharing > 1).any()) or name == "odysseus"  # or ZeRO has nothing to do
             for stage in self.values("zero_stage")[0 if shares else -1 :]:
                 for again in self.values("recompute"):
@@ -96,11 +95,10 @@ class Space:
         places: Mapping[str, Places],
         stage: int,
         recompute: str,
-        known: dict[tuple[str, str], Any],
+        known: dict[Any, Any],
     ) -> dict[str, np.ndarray]:
-        sizes: dict[str, Any] = {name: columns[name] for name in (*OF_AXES.values(), "rho", "kv_shared", "L")}
+        sizes: dict[str, Any] = {name: columns[name] for name in (*OF_AXES.values(), "inner", "rho", "kv_shared", "L")}
         sizes |= {"layout": columns["layout"].astype(str), "stage": stage, "queries": bool(columns["queries"][0])}
-        sizes |= {"inner": None if np.isnan(columns["inner"]).any() else columns["inner"].astype(int)}
         sizes |= {"recompute": recompute == "block", "selective": recompute == "selective"}
         batch = np.maximum(1, whole(config.micro_batch_size / columns["dp"]))
         s = replace(Letters.of(config), B=batch, **sizes)
@@ -117,6 +115,8 @@ class Space:
         }
         named = ("scenario", "layout", "inner", "queries", "placement", *OF_AXES.values(), "rho")
         same = {name: columns[name] for name in named}
+        if not account.in_grid:  # one ring
+            same["inner"] = np.where(columns["inner"] == columns["r"], np.nan, columns["inner"])
         return {**same, **{name: np.broadcast_to(value, batch.shape) for name, value in priced.items()}}
 
     def of(self, name: str) -> Config:
@@ -147,28 +147,23 @@ class Space:
                 continue
             seen.append(strides)
             for inner in self.inner_rings(config, degrees["ring"], lines["ring"][1], scenario):
-                lines = {"inner": (1, 1), "outer": (1, 1), **mesh_of(degrees, placement, kv_shared, inner)}
+                lines = mesh_of(degrees, placement, kv_shared, inner)
                 ranks = {f"{axis} ranks": line[0] for axis, line in lines.items()}
                 strides_of = {f"{axis} stride": line[1] for axis, line in lines.items()}
                 for queries in self.travels(config, degrees["ring"], scenario):
                     yield {"placement": placement, "inner": inner, "queries": queries, **ranks, **strides_of}
 
-    def inner_rings(self, config: Config, ring: int, stride: int, scenario: Scenario) -> list[int | None]:
-        """Of mesh_attention rows; of a ring over several nodes none, or rings inside these."""
+    def inner_rings(self, config: Config, ring: int, stride: int, scenario: Scenario) -> list[int]:
+        """Of mesh_attention rows; of a ring over several nodes one, or rings inside these."""
         in_grid = config.strategy.name == "mesh_attention"
         if in_grid and "ring.inner" not in self.given:
             return [meshes.best_row(ring, config.model)] if scenario.usual else [*divisors(ring)]
         here = self.machine.ranks_per_node // stride
         goes_around = ring > 1 and config.ring.kv == "rotate"
-        if (
-            scenario.usual
-            or "ring.inner" in self.given
-            or not goes_around
-            or ring % max(1, here)
-            or not 1 < here < ring
-        ):
-            return [config.ring.inner if goes_around or in_grid else None]
-        return [None, here]
+        if in_grid or (goes_around and "ring.inner" in self.given):
+            return [config.ring.inner or ring]
+        inside = goes_around and not scenario.usual and 1 < here < ring and ring % here == 0
+        return [ring, here] if inside else [ring]
 
     def travels(self, config: Config, ring: int, scenario: Scenario) -> list[bool]:
         """May queries go around in backward? With fewer heads of keys they are never less to send."""

@@ -31,10 +31,10 @@ class Matrix:
 
 
 def once(method: Callable) -> Callable:
-    """For each `way` worked out once; of steps that differ in ZeRO and recomputation alone, in what they share."""
+    """For each `way` worked out once; of steps that differ in ZeRO alone, in what they share."""
 
     def remembered(step: "Computed", way: str) -> Any:
-        key = method.__name__, way
+        key = method.__name__, way, step.s.recompute, step.s.selective
         if key not in step.known:
             step.known[key] = method(step, way)
         return step.known[key]
@@ -49,7 +49,7 @@ class Computed:
     account: Account
     s: Letters
     on: Machine
-    known: dict[tuple[str, str], Any] = field(default_factory=dict, kw_only=True)
+    known: dict[Any, Any] = field(default_factory=dict, kw_only=True)
 
     @cached_property
     def blocks(self) -> list[Group]:

@@ -135,7 +135,8 @@ class Held:
             keys = 2 * s.r * s.kv * (1 + s.e_g / s.e)
             moments.append(beside + keys + (2 + WIDE / s.e) * s.q - of_mlp - x + 3 * third)
         if s.queries:  # gone, here and on their way, and an output for them; dq that comes and goes; a tile's gradients
-            blocks, sums = (3, 2) if s.inner is None else (5, 5)
+            one = np.equal(s.r if s.inner is None else s.inner, s.r)  # ring
+            blocks, sums = np.where(one, 3, 5), np.where(one, 2, 5)
             queries = blocks * (2 * s.q + 2 * s.numbers) + s.q + sums * s.q * s.e_g / s.e + 2 * s.kv * WIDE / s.e
             moments.append(beside + queries + 2 * s.q + s.kv - of_mlp - x + 3 * third)
         if self.account.in_grid:

@@ -20,7 +20,7 @@ from analysis.accounts import account_of, none_of, weights
 from analysis.accounts.letters import Amount, Letters
 from analysis.accounts.sent import GRADIENTS, Sent
 from analysis.accounts.weights import Group
-from analysis.computed import Computed
+from analysis.computed import Computed, once
 from analysis.prices import NOTHING, Machine, Places, Work, mesh_of
 from conf import tiers
 from conf.clock import Clock
@@ -186,6 +186,13 @@ class Step(Computed):
             if self.s.recompute:
                 work += self.linears("again") + self.attention("forward") + self.between("again")
         found = Phase(work + self.weights_of(self.blocks, way))
+        found.add(self.exchanges(way))
+        return found
+
+    @once
+    def exchanges(self, way: str) -> Phase:
+        """Of a block, around its matrices and its attention."""
+        found = Phase()
         for number, part in enumerate(self.account.linears):
             found.add(self.exchanged(way, part(self.s), number))
         for part in self.account.attention:
