@@ -133,7 +133,9 @@ class Held:
         beside = again + behind + self.gathered(sum(weights_of) + ahead) - (self.head * s.e if s.stage == 2 else 0)
         swiglu = (6 if s.mlp_chunks > 1 else 4 if s.selective else 3) * w + x + third
         moments = [beside + swiglu, beside + self.norm(4, 2) - of_mlp - x + 3 * third]
-        if s.gather_kv and not self.account.in_grid:  # all keys and values, and their gradients; our own once more; those of q in fp32
+        if (
+            s.gather_kv and not self.account.in_grid
+        ):  # all keys, values and gradients, our own twice; those of q in fp32
             keys = 2 * (s.r + 1) * s.kv * (1 + s.e_g / s.e)
             moments.append(beside + keys + (2 + WIDE / s.e) * s.q - of_mlp + 3 * third)
         if s.queries:  # gone, here and on their way, and an output for them; dq that comes and goes; a tile's gradients
