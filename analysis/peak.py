@@ -124,16 +124,20 @@ class Held:
         w = (s.tokens / s.tp if whole else s.tokens) * columns * s.e / parts
         again = self.account.saved_by_block(replace(s, recompute=False)) - x if s.recompute else 0
         of_mlp = 0 if s.mlp_chunks > 1 else (2 if s.selective else 3) * w  # kept by it, and gone at its end
+        travels = self.account.whole is not None
         third = s.d * columns * s.e * (s.stage >= 2 and not alone(self.groups[-1].ranks))  # of its weights' gradients
+        third = third / s.r if travels else third
         weights_of = [self.travelling([group]) for group in self.groups]
         behind = s.e_dw * (self.head if whole else largest(self.head, weights_of[0]))
         ahead = weights_of[0]  # on its way: of the block before, what is needed first
         beside = again + behind + self.gathered(sum(weights_of) + ahead) - (self.head * s.e if s.stage == 2 else 0)
         swiglu = (6 if s.mlp_chunks > 1 else 4 if s.selective else 3) * w + x + third
         moments = [beside + swiglu, beside + self.norm(4, 2) - of_mlp - x + 3 * third]
-        if s.gather_kv and not self.account.in_grid:  # all keys and values, and their gradients; those of q in fp32
-            keys = 2 * s.r * s.kv * (1 + s.e_g / s.e)
-            moments.append(beside + keys + (2 + WIDE / s.e) * s.q - of_mlp - x + 3 * third)
+        if (
+            s.gather_kv and not self.account.in_grid
+        ):  # all keys, values and gradients, our own twice; those of q in fp32
+            keys = 2 * (s.r + 1) * s.kv * (1 + s.e_g / s.e)
+            moments.append(beside + keys + (2 + WIDE / s.e) * s.q - of_mlp + 3 * third)
         if s.queries:  # gone, here and on their way, and an output for them; dq that comes and goes; a tile's gradients
             one = np.equal(s.r if s.inner is None else s.inner, s.r)  # ring
             blocks, sums = np.where(one, 3, 5), np.where(one, 2, 5)
@@ -141,6 +145,9 @@ class Held:
             moments.append(beside + queries + 2 * s.q + s.kv - of_mlp - x + 3 * third)
         if self.account.in_grid:
             moments += [beside + grid - of_mlp - x + 3 * third for grid in self.in_grid(several)]
+        if travels:  # of gate and up two shards, twice their gradients, and what is added to these; that of x in fp32
+            shards = (3 * s.e + 2 * s.e_dw) * 2 * s.d * s.i / s.r
+            moments.append(beside + shards + 2 * w + (2 + WIDE / s.e) * x - of_mlp)
         if not alone(s.tp) and not self.account.whole_norms:
             inputs = (3 + several) * s.D + (1 + several) * x
             gone = again if s.recompute else self.account.saved_by_block(s) - 2 * x  # but for the norm's in and out

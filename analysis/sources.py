@@ -215,6 +215,9 @@ def counted(path: str, row: pd.Series, sweep: Sweep) -> tuple[dict, list, str]:
     layers = config.model.n_layers
     sent: dict[tuple[str, int], dict] = {}
     of_activations = of_weights = 0.0
+    account = account_of(row.strategy)
+    lines = account.of_block(Letters.of(config)) if account else []
+    with_weights = {(line.kind, line.axis) for line in lines if line.weights}
     for entry in sweep.comm[row.run_id]:
         place = placed(path, entry["source"])
         if place is None:
@@ -227,12 +230,10 @@ def counted(path: str, row: pd.Series, sweep: Sweep) -> tuple[dict, list, str]:
         slot = sent.setdefault((file, line), {}).setdefault((direction, entry["kind"]), [0, 0.0])
         slot[0] += entry["calls"] / shares
         slot[1] += entry["sent_bytes"] / shares
-        if name in IN_BLOCK:
+        if name in IN_BLOCK and (entry["kind"], entry["axis"]) not in with_weights:
             of_activations += entry["sent_bytes"] / shares
-        elif entry["source"].startswith("zero3 blocks."):
+        elif name in IN_BLOCK or entry["source"].startswith("zero3 blocks."):
             of_weights += entry["sent_bytes"] / shares
-    account = account_of(row.strategy)
-    lines = account.of_block(Letters.of(config)) if account else []
     sums = []
     for what, amount, weights in (("activations", of_activations, False), ("weights", of_weights, True)):
         derived = total(lines, weights=weights)

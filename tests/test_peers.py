@@ -14,7 +14,10 @@ from analysis.report import write
 from bench.app import judge, records
 from bench.app import sweep as app
 from bench.workloads.attention import AttentionAlone
-from conf.meshes import PEERS, STRATEGIES
+from conf.compose import configuration
+from conf.keys import keys
+from conf.meshes import PEERS, STRATEGIES, footing_of
+from conf.resolve import resolve
 from strategies.base import Options
 from strategies.ops.kernels import pick_kernel
 from tests import instruments, reference
@@ -45,6 +48,22 @@ def test_a_peer_answers_to_strategies_of_ours():
     for name, peer in PEERS.items():
         assert {peer.ours, *peer.also} <= set(STRATEGIES)
         assert issubclass(strategies.load(name), strategies.load(peer.ours))
+
+
+ONE_VALUE = {
+    "strategy=tsp": [],
+    "strategy=tsp ring.kv=all_gather": [],
+    "strategy=tsp ring.kv=needed mlp.chunks=2": ["tsp has ring.kv=all_gather alone", "tsp has mlp.chunks=1 alone"],
+    "strategy=torch_tp zero_stage=1": ["torch_tp has zero_stage=3 alone"],
+}
+
+
+@pytest.mark.parametrize("words", ONE_VALUE)
+def test_another_value_than_the_one_that_there_is_gets_a_note(words: str):
+    resolved = resolve(configuration([*words.split(), "world_size=4", "model.n_kv_heads=4"]))
+    assert resolved.notes == ONE_VALUE[words]
+    for path, value in footing_of(resolved.config.strategy.name).fixed.items():
+        assert keys()[path].of(resolved.config) == value
 
 
 @pytest.mark.parametrize("case", MODELS, ids=str)

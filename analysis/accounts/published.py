@@ -12,6 +12,7 @@ MEGATRON = "Korthikanti et al. 2022, section 4"
 BURST = "Sun et al. 2024, BurstAttention, arXiv 2403.09347"
 LOONGTRAIN = "Gu et al. 2024, LoongTrain, arXiv 2406.18485"
 MESH_ATTENTION = "Chen et al. 2025, Mesh-Attention, arXiv 2512.20968"
+TSP = "Shyam et al. 2026, TSP, abstract"
 ZERO = "Rajbhandari et al. 2020, ZeRO, section 7"
 
 

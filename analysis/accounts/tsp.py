@@ -9,6 +9,7 @@ from typing import Any
 from analysis.accounts import weights
 from analysis.accounts.account import Account
 from analysis.accounts.letters import WIDE, Amount, Letters, part, whole
+from analysis.accounts.published import TSP, Published
 from analysis.accounts.ring import hops
 from analysis.accounts.sent import Sent, all_reduce
 from analysis.accounts.weights import Group, Weight, norm
@@ -62,6 +63,15 @@ ACCOUNT = Account(
     whole=weights.of_blocks,
     summed=norms,
     rows={"": {"gather_kv": True}},
+    published=(
+        Published(
+            TSP,
+            "broadcasts (attention's weights), an exchange of k and v, a ring (the MLP's weights)",
+            activations="",
+            memory="weights and activations 1/N",
+            differs="attention's shards go around the ring, too: as many bytes, and each beside a product",
+        ),
+    ),
     colour="#332288",
     marker="H",
 )

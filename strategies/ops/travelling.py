@@ -118,12 +118,11 @@ class ColumnLinears(Function):
 
         of_x = torch.zeros_like(tokens, dtype=wide(x.dtype))
         for visit in travel.visits():
-            part: Tensor | None = (
-                None  # of all matrices together: of_x is as large as x, and has to be read and written
-            )
-            for grad, weight, rows in zip(of_ys, visit.weights, visit.spans, strict=True):
-                part = grad[:, rows] @ weight if part is None else torch.addmm(part, grad[:, rows], weight, out=part)
-            of_x.add_(part)
+            parts = [grad[:, rows] for grad, rows in zip(of_ys, visit.spans, strict=True)]
+            of_visit = parts[0] @ visit.weights[0]  # of all matrices together: of_x is large, and is read and written
+            for part, weight in zip(parts[1:], visit.weights[1:], strict=True):
+                torch.addmm(of_visit, part, weight, out=of_visit)
+            of_x.add_(of_visit)
             if visit.source != ctx.axis.rank:
                 travel.give(visit, of_weights(visit.spans))
         own = of_weights(travel.spans(ctx.axis.rank))  # beside the last hop of their gradients
