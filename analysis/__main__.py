@@ -82,6 +82,14 @@ def parser() -> argparse.ArgumentParser:
     advise.add_argument(
         "--out", type=Path, metavar="FOLDER", default=Path("runs/advise"), help="page, map, csv; default: runs/advise"
     )
+    literature = commands.add_parser("literature", help="the methods found since 2024: docs/literature.md")
+    literature.add_argument(
+        "folder",
+        type=Path,
+        nargs="?",
+        default=Path("runs/reference/literature"),
+        help="of sweep=literature; default: runs/reference/literature",
+    )
     dynamic = commands.add_parser(
         "dynamic", help="packed documents: a ring for each, as wide as it is long, beside one ring for all"
     )
@@ -137,6 +145,10 @@ def answer(arguments: argparse.Namespace) -> tuple[object, list[str]]:
         from analysis import dynamic
 
         return dynamic.printed(arguments.overrides), []
+    if arguments.command == "literature":
+        from analysis import literature
+
+        return literature.printed(arguments.folder), []
     if arguments.command == "published":
         from analysis import published
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from strategies.base import Strategy
 from strategies.ops.layouts import ring_split
 from strategies.ops.ring_attention import ring_attention
-from strategies.ops.travelling import column_linears, row_linear
+from strategies.ops.travelling_linears import column_linears, row_linear
 from strategies.ops.weights import column, gather_nothing_ahead, partial_gradients, row, schedule_as_one
 
 

@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from conf.meshes import Line
 from models.llama import Linear
 from strategies.base import Options
-from strategies.ops import travelling
+from strategies.ops import travelling_linears
 from strategies.ops.mesh import Axis, axis_of
-from strategies.ops.travelling import column_linears, row_linear
+from strategies.ops.travelling_linears import column_linears, row_linear
 from strategies.ops.weights import column, row
 from tests.ranks import on_ranks, standing_for
 
@@ -38,7 +38,7 @@ class Watched:
         self.flying = {"weights": 0, "grads": 0}
         self.buffers: set[int] = set()
         self.seen: list[tuple[int, int]] = []
-        self.shift = travelling.shift
+        self.shift = travelling_linears.shift
 
     def watch(self, x: Tensor, axis: Axis, into: Tensor | None = None):
         pending, kind = self.shift(x, axis, into), "grads" if into is None else "weights"
@@ -65,7 +65,7 @@ class Watched:
                 return func(*args, **(kwargs or {}))
 
         self.seen, self.buffers = [], set()
-        with Products(), patch.object(travelling, "shift", self.watch):
+        with Products(), patch.object(travelling_linears, "shift", self.watch):
             function(*args)
         assert not any(self.flying.values())
         return self.seen
