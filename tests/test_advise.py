@@ -29,6 +29,8 @@ HELD = [
     "strategy=ulysses mesh.ulysses=16 recompute=none zero_stage=2",
     "strategy=ulysses mesh.ulysses=8 mesh.dp=2 recompute=block zero_stage=1",
     "strategy=ulysses mesh.ulysses=16 recompute=block offload=activations grad_dtype=same",
+    "strategy=upipe mesh.ulysses=16 recompute=none zero_stage=1",
+    "strategy=upipe mesh.ulysses=8 mesh.dp=2 recompute=block mlp.chunks=8",
     "strategy=ring recompute=block ring.layout=contiguous",
     "strategy=ring recompute=block ring.kv=all_gather",
     "strategy=ring recompute=block ring.inner=8 ring.backward=q model.n_kv_heads=32",
@@ -85,7 +87,8 @@ def test_every_row_is_what_its_configuration_is_alone(found):
 def test_no_configuration_stands_twice(found):
     keys = ["strategy", *OF_AXES.values(), "zero_stage", "recompute", "placement", "layout", "inner", "queries"]
     assert not found.asked.duplicated(keys).any()
-    assert {*found.asked.strategy} == {"zero", "tp", "tp_sp", "ulysses", "ring", "usp", "tp_usp", "odysseus", "tsp"}
+    names = {"zero", "tp", "tp_sp", "ulysses", "upipe", "ring", "usp", "tp_usp", "odysseus", "tsp"}
+    assert {*found.asked.strategy} == names
     assert (found.asked.dp * found.asked.tp * found.asked.u * found.asked.r == 16).all()
 
 
