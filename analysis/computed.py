@@ -22,12 +22,14 @@ from conf.clock import computed
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight, the tokens that it sees, in how many pieces one after the other; and how many shards of it come by."""
+    """A weight, the tokens that it sees, in how many pieces of them one after the other; how many shards of it come by,
+    and in how many stages it is used."""
 
     weight: Weight
     tokens: Amount
     pieces: Amount = 1
     shards: Amount = 1
+    stages: Amount = 1
 
 
 def once(method: Callable) -> Callable:
@@ -74,7 +76,13 @@ class Computed:
             for weight in group.weights
             if weight.cut != "not"
         ]
+        found[:3] = [replace(each, stages=n) for each, n in zip(found, self.stages, strict=False)]
         return [*found[:4], *(replace(each, pieces=pieces) for each in found[4:])]
+
+    @cached_property
+    def stages(self) -> tuple[Amount, Amount, Amount]:
+        """In how many q, k and v are made."""
+        return (self.s.head_stages, self.s.kv_stages, self.s.kv_stages) if self.account.staged else (1, 1, 1)
 
     @cached_property
     def head(self) -> "Matrix":
@@ -97,9 +105,9 @@ class Computed:
 
     def product(self, of: str, matrix: "Matrix") -> Work:
         """y = x W^T, or the gradient of x or of W."""
-        n, pieces, rows, columns = matrix.tokens, matrix.pieces, matrix.weight.rows, matrix.weight.columns
-        inner = {"y": (n / pieces, columns, rows), "x": (n / pieces, rows, columns), "W": (rows, n / pieces, columns)}
-        return self.on.product(*inner[of], pieces * matrix.shards)
+        n, rows, columns = matrix.tokens / matrix.pieces, matrix.weight.rows / matrix.stages, matrix.weight.columns
+        inner = {"y": (n, columns, rows), "x": (n, rows, columns), "W": (rows, n, columns)}
+        return self.on.product(*inner[of], matrix.pieces * matrix.shards * matrix.stages)
 
     def products(self, of: str, matrices: Iterable["Matrix"]) -> Work:
         return sum((self.product(each, matrix) for matrix in matrices for each in of), NOTHING)
@@ -123,12 +131,8 @@ class Computed:
             pieces = mlp[0].pieces
             of_mlp = self.products("y", mlp) * ((pieces - 1) / pieces) if chunked else self.products("y", mlp[:2])
             return found + self.products("y", attention) + of_mlp
-        return (
-            found
-            + self.products("xW", self.matrices)
-            + self.products("y", mlp[:2] if chunked else ())
-            + self.summed(mlp)
-        )
+        once_more = [*(attention[:3] if self.account.staged else ()), *(mlp[:2] if chunked else ())]
+        return found + self.products("xW", self.matrices) + self.products("y", once_more) + self.summed(mlp)
 
     def passes(self, half: int) -> list[list["Matrix"]]:
         """Of a half of a block, those whose shards travel together."""
@@ -164,7 +168,8 @@ class Computed:
         if self.account.in_grid:
             return self.in_grid(way)
         own, visiting = self.blocks_of_attention(way)
-        return own + visiting * (self.s.r - 1) + self.heads_for_tokens(way)
+        heads = self.heads_in_stages(way) if self.account.staged else self.heads_for_tokens(way)
+        return own + visiting * (self.s.r - 1) + heads
 
     @once
     def blocks_of_attention(self, way: str) -> tuple[Work, Work]:
@@ -172,8 +177,9 @@ class Computed:
 
         Around the ring sums are in fp32: of the outputs, merged; and of the gradients of q, and of k and v.
         """
-        s, on, chunks, ring = self.s, self.on, self.s.head_chunks, self.s.r > 1
-        n, q, kv = s.L // s.r, s.q / s.e / s.head_chunks, 2 * s.kv / s.e / s.head_chunks
+        s, on, ring = self.s, self.on, self.s.r > 1
+        chunks = s.head_stages if self.account.staged else s.head_chunks
+        n, q, kv = s.L // s.r, s.q / s.e / chunks, 2 * s.kv / s.e / chunks
         triangle = computed(n, on.clock.tile)
         pairs = np.select([s.layout == "contiguous", s.layout == "striped"], [n * n, triangle], n * (n // 2))
         heads = s.B * s.h / (s.tp * s.u) / chunks
@@ -261,6 +267,22 @@ class Computed:
             + self.copy(s.q, s.u > 1 if chunks > 1 else 0)
         )
 
+    def heads_in_stages(self, way: str) -> Work:
+        """As above for each stage, in backward for all that comes again and all that goes; and into stages and out.
+
+        The gradients of k and v are summed in fp32 where several stages share them.
+        """
+        s, (n, n_kv, _) = self.s, self.stages
+        q, kv, times = s.q / n, s.kv / n_kv, (s.u > 1) * (1 + (s.B > 1))
+        once = self.copy(q, 2 * n * times) + self.copy(kv, 2 * n_kv * times)
+        once += self.copy(kv * (1 + 1 / s.rho) / 2, 2 * n_kv * (s.rho > 1))
+        if way == "forward":
+            return once + self.copy(s.q)
+        shared, wider = n > n_kv, WIDE / s.e
+        sums = self.copy(kv * (1 + wider) / 2, 4 * n_kv * shared * (wider > 1))
+        sums += self.on.moves(kv * (1 + 2 * wider), 2 * (n - n_kv))
+        return once * 2 + self.copy(q, 2 * n * (n > 1)) + sums
+
     def copy(self, size: Amount, calls: Amount = 1) -> Work:
         """Of so many bytes, read and written."""
         return self.on.moves(2 * size, calls, "copy")
@@ -281,7 +303,9 @@ class Computed:
         if way != "backward":  # the last residual is nothing that backward needs
             return kernels("", 2 if way == "forward" else 1) + self.copy(x * s.e, int(chunked))
         found = kernels(" backward", 2)
-        for half, (elements, sums) in enumerate(zip(inside, (2, 1), strict=True)):
+        if self.account.staged:  # q and k are rotated again, and weights and their gradients put in order by stages
+            found += self.on.kernel("rotary", q, s.e) + self.on.kernel("rotary", k, s.e)
+        for half, (elements, sums) in enumerate(zip(inside, (sum(self.stages) - 1, 1), strict=True)):
             found += self.on.kernel("other", elements, s.e, 0 if self.together(half) else sums)
         if s.selective:
             found += self.on.kernel("norm", x, s.e, 2)

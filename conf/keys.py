@@ -139,6 +139,16 @@ class MeshConfig:
 class UlyssesConfig:
     packed: bool = key(False, "q, k and v in one exchange")
     chunks: int = key(1, "pieces of a rank's heads: one is computed while the next is exchanged", least=1, most=2**16)
+    stages: int | None = key(
+        None,
+        "of upipe: pieces of a rank's heads, one there at a time; null = as many as a rank has heads",
+        least=1,
+        most=2**16,
+    )
+
+    def stages_of(self, n_heads: int) -> int:
+        """In how many a rank's heads go through upipe's attention."""
+        return self.stages or n_heads
 
 
 @dataclass

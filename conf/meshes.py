@@ -69,6 +69,18 @@ def head_chunks(config: Config, degrees: Degrees) -> Rule:
     )
 
 
+def head_stages(config: Config, degrees: Degrees) -> Rule:
+    """A rank's heads in equal stages, which have whole kv heads each, or share one in equal numbers."""
+    ranks = degrees["ulysses"]
+    n_heads, n_kv_heads = config.model.n_heads // ranks, max(1, config.model.n_kv_heads // ranks)
+    return Rule(
+        "ulysses.stages",
+        config.ulysses.stages_of(n_heads),
+        f"must divide a rank's heads in attention, {n_heads}, and its kv heads, {n_kv_heads}, or the reverse",
+        [stages for stages in divisors(n_heads) if n_kv_heads % stages == 0 or stages % n_kv_heads == 0],
+    )
+
+
 def sequence(config: Config, degrees: Degrees) -> Rule:
     """seq_len in equal parts around the ring (two a rank in zigzag), each in equal parts over ulysses and tp."""
     wide = [axis for axis in ("ring", "ulysses", "tp") if degrees.get(axis, 1) > 1]
@@ -154,6 +166,9 @@ STRATEGIES = {
     "tp": Footing(("tp",), (heads,)),
     "tp_sp": Footing(("tp",), (heads, sequence)),
     "ulysses": Footing(("ulysses",), (heads, head_chunks, sequence)),
+    "upipe": Footing(
+        ("ulysses",), (heads, head_stages, sequence), fixed={"ulysses.packed": False, "ulysses.chunks": 1}
+    ),
     "ring": Footing(("ring",), (sequence, arranged)),
     "usp": Footing(("ulysses", "ring"), (heads, head_chunks, sequence, arranged), widest_ulysses),
     "tp_usp": Footing(

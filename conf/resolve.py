@@ -42,6 +42,7 @@ def resolve(written: Config) -> Resolved:
     check_offload(config)
     check_documents(resolved)
     check_ring(config)
+    check_stages(config)
     meshes.fill(config)
     fill_rows(config)
     check_batch(resolved)
@@ -245,6 +246,15 @@ def check_offload(config: Config) -> None:
         raise Invalid(
             f"offload={config.offload} moves the inputs of blocks, which are kept with recompute=block alone, and "
             f"recompute={config.recompute}; recompute=block would do"
+        )
+
+
+def check_stages(config: Config) -> None:
+    """Does the strategy have heads in stages?"""
+    name, stages = config.strategy.name, config.ulysses.stages
+    if name != "upipe" and stages is not None:
+        raise Invalid(
+            f"ulysses.stages={stages}: strategy {name} has all of its heads at once; null or strategy=upipe would do"
         )
 
 

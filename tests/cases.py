@@ -38,6 +38,7 @@ class Case:
     zero_stage: int = 3
     packed: bool = False
     head_chunks: int = 1
+    stages: int | None = None
     kv: str = "rotate"
     backward: str = "kv"
     inner: int | None = None
@@ -61,7 +62,7 @@ class Case:
         """The strategy's options that differ from case to case."""
         return {
             "ring": RingConfig(self.layout, self.kv, self.backward, self.inner),
-            "ulysses": UlyssesConfig(self.packed, self.head_chunks),
+            "ulysses": UlyssesConfig(self.packed, self.head_chunks, self.stages),
             "zero_stage": self.zero_stage,
         }
 
@@ -94,6 +95,7 @@ class Case:
         stage = f"stage{self.zero_stage}" if self.zero_stage < 3 else ""
         chunks = f"chunks {self.mlp_chunks},{self.loss_chunks}" if max(self.mlp_chunks, self.loss_chunks) > 1 else ""
         heads = f"head chunks {self.head_chunks}" if self.head_chunks > 1 else ""
+        heads = f"stages {self.stages}" if self.stages else heads
         variant = ("packed" if self.packed else "", heads, self.kv.removeprefix("rotate"))
         variant = (*variant, "queries travel" if self.backward == "q" else "", f"inner{self.inner}" * bool(self.inner))
         micro = f"micro batches {self.micro_batches}" if self.micro_batches > 1 else ""
@@ -110,7 +112,7 @@ def cases(world_size: int) -> list[Case]:
     n = world_size
     found = [Case("zero", dp=n)]
     found += [Case(name, tp=n) for name in ("tp", "tp_sp", "odysseus")]
-    found += [Case("ulysses", ulysses=n)]
+    found += [Case("ulysses", ulysses=n), Case("upipe", ulysses=n)]
     found += [Case("ring", ring=n, layout=layout) for layout in LAYOUTS]
     found += [Case("tsp", ring=n, kv="all_gather")]
     for ulysses, layout in itertools.product((u for u in range(1, n + 1) if n % u == 0), LAYOUTS):
@@ -137,6 +139,7 @@ def cases(world_size: int) -> list[Case]:
         found += [Case("ulysses", ulysses=4, packed=True), Case("tp_usp", tp=2, ulysses=2, packed=True)]
         found += [Case("ulysses", dp=2, ulysses=2, head_chunks=2), Case("tp_usp", ulysses=2, ring=2, head_chunks=2)]
         found += [Case("usp", ulysses=2, ring=2, packed=True, head_chunks=2, recompute="block")]
+        found += [Case("upipe", dp=2, ulysses=2), *(Case("upipe", dp=2, ulysses=2, stages=n) for n in (1, 2))]
         found += [Case("ring", ring=4, layout=layout, kv="all_gather") for layout in LAYOUTS]
         found += [Case("usp", ulysses=2, ring=2, packed=True, kv="all_gather", placement="ring_inner")]
         found += [Case("tsp", ring=4, kv="all_gather", recompute="block", layout=layout) for layout in LAYOUTS]
@@ -147,19 +150,27 @@ def cases(world_size: int) -> list[Case]:
         for stage in (0, 1, 2):
             found += [Case("zero", dp=4, zero_stage=stage), Case("usp", ulysses=2, ring=2, zero_stage=stage)]
             found += [Case(name, dp=2, tp=2, zero_stage=stage) for name in ("tp_sp", "odysseus")]
+            found += [Case("upipe", ulysses=4, zero_stage=stage)]
         chunks = {"mlp_chunks": 2, "loss_chunks": 3}
-        found += [Case("zero", dp=4, **chunks), Case("ulysses", ulysses=4, **chunks)]
+        found += [
+            Case("zero", dp=4, **chunks),
+            Case("ulysses", ulysses=4, **chunks),
+            Case("upipe", ulysses=4, **chunks),
+        ]
         found += [Case(name, tp=4, **chunks) for name in ("tp", "tp_sp", "odysseus")]
         found += [Case("tp_sp", tp=4, recompute="block"), Case("ring", ring=4, recompute="block")]
         chunks = {"recompute": "block", "mlp_chunks": 3, "loss_chunks": 2}
         found += [Case(name, tp=4, **chunks) for name in ("tp", "tp_sp", "odysseus")]
         found += [Case("usp", ulysses=2, ring=2, **chunks), Case("tp_usp", tp=2, ulysses=2, **chunks)]
+        found += [Case("upipe", dp=2, ulysses=2, **chunks)]
         found += [Case("zero", dp=4, recompute="selective"), Case("ulysses", ulysses=4, recompute="selective")]
+        found += [Case("upipe", ulysses=4, recompute="selective")]
         found += [Case(name, dp=2, tp=2, recompute="selective") for name in ("tp", "tp_sp", "odysseus")]
         found += [Case("tp_usp", tp=2, ring=2, recompute="selective", mlp_chunks=2)]
         away = {"recompute": "block", "offload": "activations"}
         found += [Case("zero", dp=4, **away), Case("usp", ulysses=2, ring=2, mlp_chunks=2, loss_chunks=2, **away)]
         found += [Case("tsp", dp=2, ring=2, kv="all_gather", **away)]
+        found += [Case("upipe", ulysses=4, **away)]
         found += [Case("tp", tp=4, **away), Case("tp_sp", dp=2, tp=2, **away), Case("odysseus", tp=2, ring=2, **away)]
     if n == 8:
         found += [Case("ring", ring=8, inner=c, backward=way) for c in (2, 4) for way in ("kv", "q")]
@@ -175,6 +186,7 @@ def cases(world_size: int) -> list[Case]:
 MICRO = [  # a batch in parts, one after the other
     *(Case("zero", dp=4, zero_stage=stage, micro_batches=2) for stage in (0, 1, 2, 3)),
     Case("ulysses", ulysses=4, micro_batches=4),
+    Case("upipe", ulysses=4, micro_batches=2),
     Case("tp_sp", dp=2, tp=2, micro_batches=2),
     Case("tp_usp", tp=2, ring=2, micro_batches=2, mlp_chunks=2, loss_chunks=2),
     Case("odysseus", tp=2, ring=2, micro_batches=2, recompute="block"),
@@ -204,6 +216,7 @@ MASKED = [  # the same with documents and windows
     Case("tp", tp=4, documents=True),
     Case("tp_sp", dp=2, tp=2, documents=True, window=9),
     Case("ulysses", dp=2, ulysses=2, documents=True, head_chunks=2, packed=True),
+    Case("upipe", dp=2, ulysses=2, documents=True, window=9, recompute="selective"),
     Case("usp", ulysses=2, ring=2, documents=True, recompute="selective", zero_stage=2),
     Case("ring", dp=2, ring=2, layout="balanced", documents=True, micro_batches=2),
     Case("ring", ring=4, layout="contiguous", kv="needed", documents=True, micro_batches=2, recompute="block"),
@@ -235,7 +248,7 @@ def config_of(
         mesh=MeshConfig(**case.degrees),
         world_size=case.world_size,
         ring=RingConfig(case.layout, case.kv, case.backward, case.inner, ring_grad_dtype),
-        ulysses=UlyssesConfig(case.packed, case.head_chunks),
+        ulysses=UlyssesConfig(case.packed, case.head_chunks, case.stages),
         model=sized(**sizes),
         mlp=MlpConfig(case.mlp_chunks),
         loss=LossConfig(case.loss_chunks),

@@ -30,6 +30,8 @@ HELD = [
     "strategy=ulysses mesh.ulysses=16 recompute=none zero_stage=2",
     "strategy=ulysses mesh.ulysses=8 mesh.dp=2 recompute=block zero_stage=1",
     "strategy=ulysses mesh.ulysses=16 recompute=block offload=activations grad_dtype=same",
+    "strategy=upipe mesh.ulysses=16 recompute=none zero_stage=1",
+    "strategy=upipe mesh.ulysses=8 mesh.dp=2 recompute=block mlp.chunks=8",
     "strategy=ring recompute=block ring.layout=contiguous",
     "strategy=ring recompute=block ring.kv=all_gather",
     "strategy=ring recompute=block ring.inner=8 ring.backward=q model.n_kv_heads=32",

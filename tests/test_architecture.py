@@ -39,6 +39,7 @@ MAY_INHERIT = {
     "MeshAttention": "Ring",
     "USP": "Ulysses",
     "TPUSP": "TPSP",
+    "UPipe": "Ulysses",
 }  # the papers say "X is Y plus"
 
 
@@ -133,6 +134,8 @@ def card_calls(name: str, case: Case) -> dict[tuple[str, str], int]:
         for count, kind in re.findall(r"(\d*) ?\b(AG|RS|AR|A2A)\(", text):
             calls[phase, KIND_OF[kind]] = calls.get((phase, KIND_OF[kind]), 0) + int(count or 1)
         hops = sum(int(times or 1) * of.count("(") for times, of in re.findall(HOPS, text))
+        if "in each stage" in text:
+            calls[phase, "all_to_all"] *= SIZES["n_heads"] // case.ulysses
         if hops and case.ring > 1:
             calls[phase, "p2p"] = hops * (case.ring - 1)
     return calls

@@ -85,6 +85,8 @@ WRONG = {  # overrides -> what the one sentence says
     "exposed_comm=true mode=simulate": "exposed_comm=true needs real collectives",
     "compile=true mode=simulate": "compile=true: mode=simulate computes nothing",
     "strategy=ulysses world_size=2 ulysses.chunks=3": "ulysses.chunks=3 must divide a rank's heads",
+    "strategy=upipe world_size=2 ulysses.stages=3": "ulysses.stages=3 must divide a rank's heads in attention, 4",
+    "ulysses.stages=2": "strategy ulysses has all of its heads at once; null or strategy=upipe would do",
     "profile=true mode=simulate": "mode=simulate draws what a cluster's clock tells; cluster=h100 would do",
     "strategy=fsdp2 mode=simulate": "mode=simulate has no race; mode=real or zero would do",
     "strategy=fsdp2 workload=attention": "fsdp2 has no attention of its own; workload=step would do",

@@ -92,7 +92,12 @@ def block_form(case: Case, n_kv_heads: int, batch: int, seq_len: int, e: int) ->
     g = max(1, n_kv_heads // tp)  # kv heads of a tp rank
     rho = max(1, u // g)
     q, kv = tokens * d / tp * e, tokens * rho * g * k * e  # bytes of a rank's q, and of its k
-    if u > 1:
+    if u > 1 and case.strategy == "upipe":
+        stages = case.stages or SIZES["n_heads"] // u
+        calls_of_qo, calls_of_kv = 2 * stages, 2 * min(stages, rho * g // u)
+        for phase, times in (("forward", 1), ("backward", 2), ("recompute", again)):
+            add(phase, "all_to_all", times * (calls_of_qo + calls_of_kv), times * (u - 1) / u * (2 * q + 2 * kv))
+    elif u > 1:
         exchanged, exchanges = (u - 1) / u * (2 * q + 2 * kv), case.head_chunks * (2 if case.packed else 4)
         add("forward", "all_to_all", exchanges, exchanged)
         add("backward", "all_to_all", exchanges, exchanged)
@@ -198,6 +203,8 @@ COSTED = [
     Case("tp_sp", dp=2, tp=2),
     Case("ulysses", ulysses=4, packed=True),
     Case("ulysses", dp=2, ulysses=2, head_chunks=2),
+    Case("upipe", ulysses=4),
+    Case("upipe", dp=2, ulysses=2, stages=2),
     Case("ring", ring=4),
     Case("ring", ring=4, kv="all_gather"),
     Case("ring", ring=4, inner=2),

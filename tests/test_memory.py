@@ -12,9 +12,12 @@ from analysis.accounts import account_of
 from analysis.accounts.letters import Letters
 from bench.instruments.observe import Observed
 from bench.instruments.step import run_step
+from bench.simulation.simulate import simulate
+from conf.compose import configuration
+from conf.resolve import resolve
 from tests import instruments
 from tests.cases import Case, config_of
-from tests.ranks import on_ranks
+from tests.ranks import on_ranks, standing_for
 
 SIZES = {"dim": 128, "n_layers": 3, "n_heads": 8, "n_kv_heads": 8, "ffn_dim": 256, "vocab_size": 256}
 SEQ_LEN = 512
@@ -28,6 +31,7 @@ SPLIT = [
     Case("odysseus", tp=2, ring=2),
     Case("tp_usp", tp=2, ulysses=2),
     Case("tp_usp", tp=2, ring=2),
+    Case("upipe", ulysses=N),
     Case("tsp", ring=N, kv="all_gather"),
 ]
 
@@ -187,7 +191,7 @@ def test_the_parts_are_the_peak(single):
 
 
 MIXED = [(replace(case, zero_stage=stage), "fp32") for case in (Case("zero", dp=N), SPLIT[3]) for stage in range(4)]
-MIXED += [(case, "fp32") for case in (Case("single"), Case("tp", tp=N), *SPLIT[:6])]
+MIXED += [(case, "fp32") for case in (Case("single"), Case("tp", tp=N), *SPLIT[:6], SPLIT[8])]
 MIXED += [(Case("zero", dp=N, zero_stage=stage), "same") for stage in range(4)]
 MIXED += [(Case("tp_sp", dp=2, tp=2, zero_stage=stage), grads) for stage in (1, 3) for grads in ("fp32", "same")]
 MIXED += [(replace(case, zero_stage=n), "fp32") for case in SPLIT[-1:] for n in (0, 1)] + [(SPLIT[-1], "same")]
@@ -231,3 +235,23 @@ def test_a_block_keeps_what_the_cost_table_says(case: Case, dtype: str):
     assert peaks[0].activations - peaks[1].activations == account_of(case.strategy).saved_by_block(letters)
     for part, size in account_of(case.strategy).state(letters).items():
         assert getattr(peaks[0], part) == size, part
+
+
+def alone(rank: int, words: str) -> int:
+    """The peak of a strategy's attention alone."""
+    config = resolve(configuration(["mode=simulate", "workload=attention", "batch_size=1", *words.split()])).config
+    with standing_for(rank, config.world_size):
+        return simulate(config, lambda text: None)[0].peak.total
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_of_what_ulysses_exchanges_a_stage_is_there_at_a_time(stages: int):
+    """q, k, v, out and their gradients by heads; and by tokens the same but for a stage's part of three gradients."""
+    words = "world_size=2 seq_len=4096 model.n_heads=8 model.n_kv_heads=8 strategy="
+    plain, staged = (
+        on_ranks(1, alone, f"{words}{each}", grouped=False)[0] for each in ("ulysses", f"upipe ulysses.stages={stages}")
+    )
+    heads = 4 * 2048 * 128  # bytes of a rank's q, or of as many heads of all tokens
+    lse = 4 * 4096 * 4
+    assert plain == 4 * heads + 9 * heads + lse
+    assert staged == 4 * heads + heads + lse + 3 * (1 - 1 / stages) * heads + 8 / stages * heads

@@ -28,6 +28,8 @@ CASES = [
     "strategy=ulysses mesh.ulysses=16 recompute=selective zero_stage=2",
     "strategy=ulysses mesh.ulysses=32 ulysses.packed=true recompute=block batch_size=8 micro_batches=4",
     "strategy=ulysses mesh.ulysses=4 mesh.dp=4 world_size=16 ulysses.chunks=2",
+    "strategy=upipe mesh.ulysses=32 recompute=block",
+    "strategy=upipe mesh.ulysses=4 mesh.dp=4 world_size=16 ulysses.stages=4 recompute=selective zero_stage=1",
     "strategy=ring recompute=block",
     "strategy=ring ring.layout=contiguous ring.grad_dtype=same zero_stage=0",
     "strategy=ring ring.layout=striped ring.kv=all_gather",
@@ -48,6 +50,7 @@ CASES = [
     "strategy=tsp mesh.ring=16 mesh.dp=4 recompute=selective",
     "strategy=tsp world_size=16 zero_stage=1 batch_size=2 micro_batches=2 grad_dtype=same",
     "workload=attention strategy=usp mesh.ulysses=8 ring.layout=striped",
+    "workload=attention strategy=upipe mesh.ulysses=8 mesh.dp=4 world_size=32",
     "workload=attention strategy=ulysses mesh.ulysses=16 mesh.dp=4 direction=forward",
 ]
 

@@ -33,6 +33,7 @@ DEEP = [
     Case("odysseus", tp=2, ring=2, mlp_chunks=2),
     Case("tp_usp", tp=2, ulysses=2, recompute="block"),
     Case("tsp", ring=4, kv="all_gather", recompute="block"),
+    Case("upipe", ulysses=4, recompute="selective"),
 ]
 LONG_RINGS = [
     *(Case("ring", ring=8, layout=layout, recompute="block") for layout in LAYOUTS),

@@ -30,8 +30,8 @@ class Account:
     they travel together; whole: those with which a rank computes, where it has no more than shards of them. summed:
     gradients of which ranks have a part, beside those of tp, once a step. pairs: of a query and a key, that a rank
     computes. in_grid: are they of a row's queries and a column's keys. whole_norms: does a norm see all tokens of a tp
-    group, not 1/tp of them. rows: those of the table, variant -> the letters that it changes; a word stands for its
-    symbol.
+    group, not 1/tp of them. staged: are heads made in stages, and again in backward. rows: those of the table, variant
+    -> the letters that it changes; a word stands for its symbol.
     """
 
     linears: tuple[Exchange, ...] = ()
@@ -44,6 +44,7 @@ class Account:
     pairs: Callable[[Letters], Amount] = flops.pairs
     in_grid: bool = False
     whole_norms: bool = False
+    staged: bool = False
     rows: Mapping[str, Mapping[str, object]] = field(default_factory=lambda: {"": {}})
     published: tuple[Published, ...] = ()
     colour: str = ""

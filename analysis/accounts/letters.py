@@ -79,6 +79,7 @@ class Letters:
     loss_chunks: int = 1
     packed: bool = False
     head_chunks: int = 1
+    stages: int | None = None  # of upipe; a rank's heads one by one
     gather_kv: bool = False
     tied: bool = False
     clipping: bool = True
@@ -128,6 +129,7 @@ class Letters:
             loss_chunks=config.loss.chunks,
             packed=config.ulysses.packed,
             head_chunks=config.ulysses.chunks,
+            stages=config.ulysses.stages,
             gather_kv=config.ring.kv == "all_gather",
             needed=config.ring.kv == "needed",
             queries=config.ring.backward == "q",
@@ -173,6 +175,17 @@ class Letters:
     def kv_heads(self) -> Amount:
         """Of a tp rank."""
         return self.h_kv * self.kv_shared / self.tp
+
+    @property
+    def head_stages(self) -> Amount:
+        """In how many stages upipe has a rank's heads."""
+        return self.stages or whole(self.h / self.u)
+
+    @property
+    def kv_stages(self) -> Amount:
+        """In how many of them it has new kv heads."""
+        kv_heads = whole(self.rho * self.h_kv / self.u)
+        return kv_heads if self.stages is None else np.minimum(self.stages, kv_heads)
 
     @property
     def sharing(self) -> Amount:

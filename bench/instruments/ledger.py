@@ -29,7 +29,7 @@ import strategies
 from bench.instruments.instrument import Instrument, replaced
 from conf.measurement import Entry
 from strategies.base import Strategy
-from strategies.ops.hooks import Meaning, hooked
+from strategies.ops.hooks import Meaning, hooked, hooks
 
 
 @dataclass
@@ -224,7 +224,9 @@ def is_group(argument: torch.ScriptObject) -> bool:
 
 
 def recomputing() -> bool:
-    """Is something checkpointed running its forward again, inside backward, for what backward needs of it?"""
+    """Is forward's work done again, inside backward: by a strategy, or by something checkpointed?"""
+    if hooks.again:
+        return True
     if torch._C._current_graph_task_id() == -1:
         return False
     frame: FrameType | None = sys._getframe(2)

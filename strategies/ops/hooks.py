@@ -4,6 +4,9 @@ announce     the ledger: what the traffic inside means, where the dispatched ope
 backend_of   the emulator: the backend whose messages a made-up process group stands for
 hops         the simulator: which hops around a ring are run, where one can be counted for others that are alike: by
              what queries see of the block that visits, or by what the caller says that a hop is
+
+
+And one thing is said to all of them: `again`, that a backward makes again what forward has made already.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -37,13 +40,14 @@ class Hooks:
     announce: Callable[[Meaning], AbstractContextManager] = nobody_listens
     backend_of: Callable[[dist.ProcessGroup], str] = dist.get_backend
     hops: Callable[[int, Callable[[int], Any]], Iterable[int]] = every_hop  # of n, with what there is to do in each
+    again: bool = False
 
 
 hooks = Hooks()
 
 
 @contextmanager
-def hooked(**changes: Callable) -> Iterator[None]:
+def hooked(**changes: Any) -> Iterator[None]:
     """Hang in, for as long as this lasts."""
     before = {name: getattr(hooks, name) for name in changes}
     vars(hooks).update(changes)
