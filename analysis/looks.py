@@ -9,7 +9,7 @@ from analysis.accounts import account_of
 from analysis.accounts.account import Account
 from conf import meshes
 
-SPARE = "<>ph1X2d34"  # markers that no account has
+SPARE = "<>ph1X234"  # markers that no account has
 
 
 def colour(strategy: str) -> str:

@@ -55,5 +55,5 @@ ACCOUNT = Account(
         ),
     ),
     colour="#44aa99",
-    marker="8",
+    marker="d",
 )

@@ -38,6 +38,6 @@ ACCOUNT = Account(
             "holds, input, output and their gradients stay whole",
         ),
     ),
-    colour="#332288",
-    marker="H",
+    colour="#882255",
+    marker="8",
 )
