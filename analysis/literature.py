@@ -4,7 +4,7 @@ docs/literature.md is what it prints of runs/reference/literature: its words and
 templates/literature.md, and its numbers those of the sweep (conf/sweep/literature.yaml).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -33,12 +33,17 @@ class Method:
 
     @property
     def exchanges(self) -> str:
-        """What a block exchanges beside its weights' own travels, forward; backward."""
+        """What a block exchanges, forward; backward. Of weights only where they travel shard by shard."""
         row = {row.variant: row for row in symbols.rows_of(self.strategy)}[
             "ring.inner=c" if self.inner else self.variant
         ]
-        lines = [line for line in row.account.of_block(row.letters) if not line.weights or line.kind == "p2p"]
-        return "; ".join(symbols.collectives(lines, phase) for phase in ("forward", "backward"))
+        lines = [
+            replace(line, weights=False, of="dW" if line.of.startswith("d ") else "W") if line.weights else line
+            for line in row.account.of_block(row.letters)
+            if not line.weights or line.kind == "p2p"
+        ]
+        said = "; ".join(symbols.collectives(lines, phase) for phase in ("forward", "backward"))
+        return said.replace("*", " ")
 
     def among(self, rows: pd.DataFrame, model: str) -> pd.Series:
         """Raises UserError if it is not there."""
