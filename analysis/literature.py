@@ -26,6 +26,7 @@ class Method:
     backward: str = "kv"
     kv: str = "rotate"
     inner: int | None = None
+    cycles: str = "one"
 
     @property
     def name(self) -> str:
@@ -34,9 +35,8 @@ class Method:
     @property
     def exchanges(self) -> str:
         """What a block exchanges, forward; backward. Of weights only where they travel shard by shard."""
-        row = {row.variant: row for row in symbols.rows_of(self.strategy)}[
-            "ring.inner=c" if self.inner else self.variant
-        ]
+        rows = {row.variant: row for row in symbols.rows_of(self.strategy)}
+        row = rows.get("ring.inner=c" if self.inner else self.variant, rows[""])
         lines = [
             replace(line, weights=False, of="dW" if line.of.startswith("d ") else "W") if line.weights else line
             for line in row.account.of_block(row.letters)
@@ -50,7 +50,8 @@ class Method:
         found = rows[(rows.strategy == self.strategy) & (rows.model == model) & (rows.world_size == RANKS)]
         if self.strategy == "ring":
             inner = found.ring_inner.isna() if self.inner is None else found.ring_inner == self.inner
-            found = found[(found.ring_backward == self.backward) & (found.ring_kv == self.kv) & inner]
+            asked = (found.ring_backward == self.backward) & (found.ring_kv == self.kv)
+            found = found[asked & (found.ring_cycles.fillna("one") == self.cycles) & inner]
         if found.empty:
             raise UserError(
                 f"{self.name} of {model} on {RANKS} ranks is not in the sweep; conf/sweep/literature.yaml has it"
@@ -63,6 +64,7 @@ METHODS = [
     Method("ring", "ring.kv=all_gather", kv="all_gather"),
     Method("ring", "ring.backward=q", backward="q"),
     Method("ring", "ring.inner=8", inner=8),
+    Method("ring", "ring.cycles=all", cycles="all"),
     Method("mesh_attention"),
     Method("ulysses"),
     Method("upipe"),
@@ -77,4 +79,11 @@ def printed(folder: Path) -> str:
     rows = load(folder).ok
     found = {(method.name, kind): method.among(rows, model) for method in METHODS for model, kind in MODELS.items()}
     page = TEMPLATES.get_template("literature.md")
-    return page.render(methods=METHODS, rows=found, kinds=list(MODELS.values()), GB=GB, GIB=GIB, ranks=RANKS).strip()
+    of_16 = rows[(rows.world_size == 16) & (rows.model == "llama2_7b")].set_index("ring_cycles").predicted_step_ms
+
+    def s16(cycles: str) -> str:
+        return f"{of_16[cycles] / 1000:.2f}"
+
+    return page.render(
+        methods=METHODS, rows=found, kinds=list(MODELS.values()), GB=GB, GIB=GIB, ranks=RANKS, s16=s16
+    ).strip()

@@ -275,6 +275,7 @@ class Step(Computed):
         return found
 
     def us(self, line: Sent) -> Amount:
+        line = replace(line, kind="all_to_all") if line.kind == "p2p" and self.s.cycles else line
         return self.on.collective(line, self.places[line.axis]) / self.links
 
     def gathers(self, groups: list[Group]) -> Amount:

@@ -177,6 +177,12 @@ class RingConfig:
         least=1,
         most=MOST_RANKS,
     )
+    cycles: str = key(
+        "one",
+        "of ring.kv=rotate, to be simulated: one: a hop goes to the next rank | all: in parts, around as many rings as "
+        "there are that share no link, over all links at once (TASP)",
+        choices=("one", "all"),
+    )
     grad_dtype: str = key("fp32", "in which dK and dV, or dQ, travel", choices=("fp32", "same"))
     chunk: int | None = key(
         None, "of ring.layout=balanced: tokens of a chunk; null = 1 / (8 ring) of the sequence", least=1, most=MOST

@@ -15,6 +15,8 @@ from conf.huggingface import read_config
 from conf.keys import MISSING, OF_A_MACHINE, Config, ModelConfig, beyond, keys, multiples
 from conf.words import Invalid, around, divisors, one_of
 
+UNDIVIDED = 4, 6  # ranks all of whose links to each other are no disjoint rings
+
 
 @dataclass
 class Resolved:
@@ -44,6 +46,7 @@ def resolve(written: Config) -> Resolved:
     check_ring(config)
     check_stages(config)
     meshes.fill(config)
+    check_cycles(config)
     fill_rows(config)
     check_batch(resolved)
     return resolved
@@ -182,6 +185,7 @@ def check_ring(config: Config) -> None:
         "ring.kv": ring.kv if ring.kv == "needed" else None,
         "ring.backward": ring.backward if ring.backward == "q" else None,
         "ring.inner": ring.inner,
+        "ring.cycles": ring.cycles if ring.cycles == "all" else None,
     }
     for path, value in asked.items():
         default = keys()[path].default or "null"
@@ -189,6 +193,24 @@ def check_ring(config: Config) -> None:
             raise Invalid(f"{path}={value}: strategy {name} has no ring axis; {default} would do")
         if value and path != "ring.kv" and ring.kv != "rotate" and name != "mesh_attention":
             raise Invalid(f"{path}={value}: with ring.kv={ring.kv} nothing goes around the ring; {default} would do")
+
+
+def check_cycles(config: Config) -> None:
+    """Is there a price for hops in parts, and are there as many rings without a common link?"""
+    ring = config.mesh.ring or 1
+    if config.ring.cycles == "one":
+        return
+    if config.mode != "simulate":
+        raise Invalid(
+            f"ring.cycles=all is a placement of hops that is simulated alone, and mode={config.mode}; one would do"
+        )
+    if config.ring.inner is not None:
+        raise Invalid(f"ring.cycles=all takes all links, and ring.inner={config.ring.inner} some; null would do")
+    if ring in UNDIVIDED:
+        raise Invalid(
+            f"mesh.ring={ring}: its links make no rings that share none (Tillson 1980); {ring - 1} or {ring + 1} would "
+            "do"
+        )
 
 
 def fill_rows(config: Config) -> None:

@@ -3,7 +3,8 @@
 Hosts are consecutive ranks, `ranks_per_host` of them each. What leaves a host is what its collectives put on the wire,
 and so depends on how they are done:
 
-    p2p                         a rank sends to the next one: all of it leaves the host, or nothing does
+    p2p                         a rank sends to the next one: all of it leaves the host, or nothing does; with
+                                ring.cycles=all it is an all_to_all to the links
     all_to_all                  an equal part to each peer: those that are on other hosts, of all peers
     all_gather, all_reduce,     rings, on gloo as on NCCL. A ring leaves each of its hosts once, with as much as a rank
     broadcast, reduce_scatter   sends. Which of the host's ranks that is differs (NCCL has many rings, to use every
@@ -54,7 +55,7 @@ def share_that_leaves(config: Config, rank: int, entry: Entry) -> float:
 
 def share(config: Config, rank: int, line: Line, kind: str) -> float:
     """Of what a rank sends to the others on a line, how much leaves its host."""
-    each = ranks_per_host(config)
+    each, kind = ranks_per_host(config), on_links(config, kind)
     place, on_host = line.place(rank), rank % each
     before = min(place, on_host // line.stride)  # peers on this host
     after = min(line.size - 1 - place, (each - 1 - on_host) // line.stride)
@@ -70,12 +71,17 @@ def share(config: Config, rank: int, line: Line, kind: str) -> float:
 
 def group_of(config: Config, rank: int, axis: str, size: int, kind: str) -> Group:
     """For the clock: the group in which a rank does a collective. The rank that sends most out of its host decides."""
-    line = line_of(config, axis, size)
+    line, kind = line_of(config, axis, size), on_links(config, kind)
     members = line.through(rank)
     each = ranks_per_host(config)
     nodes = len({member // each for member in members})
     leaves = max(share(config, member, line, kind) for member in members) if nodes > 1 else 0.0
     return Group(line.size, nodes, leaves, 1 - leaves if kind in BY_PAIRS[config.device] else 1.0)
+
+
+def on_links(config: Config, kind: str) -> str:
+    """As what a collective passes the links: hops around all rings at once are a part to each peer."""
+    return "all_to_all" if kind == "p2p" and config.ring.cycles == "all" else kind
 
 
 def line_of(config: Config, axis: str, size: int) -> Line:

@@ -37,6 +37,7 @@ CASES = [
     "strategy=ring ring.backward=q",
     "strategy=ring ring.backward=q ring.inner=8 ring.grad_dtype=same",
     "strategy=usp mesh.ulysses=8 ring.inner=2 placement=ring_inner",
+    "strategy=ring ring.cycles=all model.n_kv_heads=32",
     "strategy=mesh_attention recompute=block",
     "strategy=mesh_attention ring.inner=8 model.n_kv_heads=32",
     "strategy=mesh_attention ring.inner=4 mesh.dp=4 ring.layout=contiguous",

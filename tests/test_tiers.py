@@ -1,5 +1,6 @@
 """What of a message leaves a host, in closed form and by looking at every pair of ranks."""
 
+from dataclasses import replace
 from itertools import pairwise, product
 
 import pytest
@@ -66,6 +67,14 @@ def test_closed_forms_are_what_every_pair_of_ranks_says(placement, each):
                 of_host = [rank for rank in ranks if hosts[rank] == host]
                 sent = sum(share_that_leaves(on_cpu, rank, line("all_gather", axis, len(ranks))) for rank in of_host)
                 assert sent == pytest.approx(leaving.count(host))
+
+
+def test_hops_around_all_rings_at_once_leave_a_host_as_parts_for_every_peer_do():
+    one = config(4, "ulysses_inner", "cuda")
+    cycles = replace(one, ring=replace(one.ring, cycles="all"))
+    for rank in range(one.world_size):
+        hop, parts = (line(kind, "ring", one.mesh.ring) for kind in ("p2p", "all_to_all"))
+        assert share_that_leaves(cycles, rank, hop) == share_that_leaves(one, rank, parts)
 
 
 def rank_of(number: int, *comm: Entry) -> Rank:

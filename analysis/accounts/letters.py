@@ -84,6 +84,7 @@ class Letters:
     tied: bool = False
     clipping: bool = True
     needed: bool = False
+    cycles: bool = False  # hops go around all rings at once
     queries: bool = False  # travel in backward, not keys
     inner: Amount = None  # ranks of an inner ring, or of a row, where there are any
     layout: str = "zigzag"
@@ -132,6 +133,7 @@ class Letters:
             stages=config.ulysses.stages,
             gather_kv=config.ring.kv == "all_gather",
             needed=config.ring.kv == "needed",
+            cycles=config.ring.cycles == "all",
             queries=config.ring.backward == "q",
             inner=config.ring.inner,
             seen=seen,

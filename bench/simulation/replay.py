@@ -90,7 +90,8 @@ class Replay(Instrument):
         key = sending.axis, sending.ranks, sending.kind
         if key not in self.groups:
             self.groups[key] = tiers.group_of(self.config, self.rank, *key)
-        us = self.known(lambda: self.clock.collective_us(sending.kind, self.groups[key], sending.sent, self.cluster))
+        kind = tiers.on_links(self.config, sending.kind)
+        us = self.known(lambda: self.clock.collective_us(kind, self.groups[key], sending.sent, self.cluster))
         number = number if self.on_gpu and number is not None and in_background(func, args) else 0
         self.streams.launch(self.now, sending.axis, number, sending.kind, us)
         if not number:
