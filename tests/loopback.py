@@ -16,6 +16,10 @@ CASES = [
     Case("ulysses", ulysses=4),
     Case("ring", ring=4),
     Case("usp", ulysses=2, ring=2),
+    Case("ring", ring=4, inner=2, backward="q"),
+    Case("mesh_attention", ring=4, inner=2, kv="all_gather"),
+    Case("tsp", ring=4, kv="all_gather"),
+    Case("upipe", ulysses=4),
 ]
 SIZES = {"dim": 256, "n_layers": 2, "n_heads": 8, "n_kv_heads": 4, "ffn_dim": 512, "vocab_size": 256}
 STEPS = 2
