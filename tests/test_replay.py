@@ -43,6 +43,11 @@ CASES = [
     Case("ring", ring=4, zero_stage=1, recompute="block"),
     Case("usp", ulysses=2, ring=2, recompute="block", micro_batches=2),
     Case("odysseus", tp=2, ring=2),
+    Case("ring", ring=4, backward="q", zero_stage=1),
+    Case("ring", ring=4, inner=2, zero_stage=1),
+    Case("mesh_attention", ring=4, inner=2, kv="all_gather"),
+    Case("upipe", ulysses=4),
+    Case("tsp", ring=4, kv="all_gather"),
 ]
 
 
@@ -97,7 +102,8 @@ def test_where_only_products_cost_a_step_is_its_flops(case: Case, device: str):
     pairs = account_of(case.strategy).flops_of_attention(Letters.of(config, case.world_size - 1), backward=True)
     expected = (observed.flops - config.micro_batches * config.model.n_layers * pairs) / 100e9 * 1000
     again = predicted.step_ms / expected
-    assert again == pytest.approx(1, rel=1e-3) if case.recompute == "none" else 1 < again < 4 / 3
+    once = case.recompute == "none" and case.strategy != "upipe"  # which projects again in backward
+    assert again == pytest.approx(1, rel=1e-3) if once else 1 < again < 4 / 3
     assert predicted.work["products"] == pytest.approx(predicted.step_ms, rel=1e-6)
 
 
@@ -154,7 +160,14 @@ def test_a_hop_is_hidden_behind_the_block_before_it(layout: str):
 
 
 @pytest.mark.parametrize(
-    "case", [Case("ring", ring=8), Case("usp", ulysses=2, ring=4, recompute="block"), Case("tp_sp", tp=4)], ids=str
+    "case",
+    [
+        Case("ring", ring=8),
+        Case("ring", ring=16, inner=4, backward="q"),
+        Case("usp", ulysses=2, ring=4, recompute="block"),
+        Case("tp_sp", tp=4),
+    ],
+    ids=str,
 )
 def test_what_is_alike_takes_as_often_as_long(case: Case):
     """Layers and hops that are counted and not run, on a clock on which everything costs."""
