@@ -55,6 +55,16 @@ def read_config(folder: str) -> dict[str, Any]:
     }
 
 
+def read_end(folder: str) -> int:
+    """config.json -> the token that ends a document, the first where there are several. Raises FileFault."""
+    file = Path(folder) / "config.json"
+    found = read_json(file).get("eos_token_id")
+    first: Any = found[0] if isinstance(found, list) and found else found
+    if not_of(int, first) or first < 0:
+        raise FileFault(f"{file}: eos_token_id={short(found)} is no token, and data=hf ends documents with it")
+    return first
+
+
 def read_rope_scaling(where: str, rope: Mapping) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":

@@ -81,7 +81,11 @@ class ModelConfig:
     """A Llama model's sizes. B batch, S tokens, D=dim, H=n_heads, G=n_kv_heads, K=head_dim, F=ffn_dim, V=vocab_size."""
 
     name: str = key("tiny", "a preset of conf/model/, or hf: a Hugging Face Llama", column="model")
-    path: str | None = key(None, "of model=hf: a directory with config.json and safetensors", column="model_path")
+    path: str | None = key(
+        None,
+        "of model=hf: a directory with config.json and safetensors, or ORG/NAME on the Hugging Face hub",
+        column="model_path",
+    )
     dim: int = key(MISSING, "hidden size", least=1, most=2**20)
     n_layers: int = key(MISSING, "blocks", least=1, most=10**4)
     n_heads: int = key(MISSING, "query heads", least=1, most=2**16)
@@ -103,11 +107,19 @@ class ModelConfig:
 class DataConfig:
     name: str = key(
         "text",
-        "text: bytes of files, the standard library's by default | tokens: a 1-D integer .npy | random",
-        choices=("text", "tokens", "random"),
+        "text: bytes of files, the standard library's by default | tokens: a 1-D integer .npy | random | hf: a data "
+        "set, with the model's tokenizer",
+        choices=("text", "tokens", "random", "hf"),
         column="data",
     )
-    path: str | None = key(None, "the file or folder of data=text, the file of data=tokens")
+    path: str | None = key(
+        None,
+        "the file or folder of data=text, the file of data=tokens | of data=hf: ORG/NAME on the Hugging Face hub, or a "
+        "folder",
+    )
+    subset: str | None = key(None, "of data=hf: which, where the data set has several")
+    split: str = key("train", "of data=hf")
+    column: str = key("text", "of data=hf: what holds the text")
 
 
 @dataclass

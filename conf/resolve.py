@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from conf import meshes
+from conf import hub, meshes
 from conf.files import FileFault
 from conf.groups import written
-from conf.huggingface import read_config
+from conf.huggingface import read_config, read_end
 from conf.keys import MISSING, OF_A_MACHINE, Config, ModelConfig, beyond, keys, multiples
 from conf.words import Invalid, around, divisors, one_of
 
@@ -31,8 +31,9 @@ def resolve(written: Config) -> Resolved:
     resolved = Resolved(copy.deepcopy(written))
     config = resolved.config
     if config.model.name == "hf":
-        fill_from_checkpoint(config.model)
+        fill_from_checkpoint(resolved)
     check_values(config)
+    check_data(config)
     check_mode(config)
     if config.workload in OF_A_MACHINE:
         check_machine(config)
@@ -219,16 +220,32 @@ def fill_rows(config: Config) -> None:
         config.ring.inner = meshes.best_row(config.mesh.ring or 1, config.model)
 
 
-def fill_from_checkpoint(model: ModelConfig) -> None:
-    """Of model=hf: sizes that the user did not override, from config.json."""
+def fill_from_checkpoint(resolved: Resolved) -> None:
+    """Of model=hf: sizes that the user did not override, from config.json; of documents=eos what ends one."""
+    model, data, documents = resolved.config.model, resolved.config.data, resolved.config.documents
     if not model.path:
-        raise Invalid("model.path is missing: model=hf reads a Hugging Face Llama directory")
+        raise Invalid("model.path is missing: model=hf reads a Hugging Face Llama directory, or ORG/NAME on its hub")
     try:
-        for name, value in read_config(model.path).items():
+        folder = hub.folder(model.path)
+        for name, value in read_config(folder).items():
             if getattr(model, name) in (None, MISSING):
                 setattr(model, name, value)
+        if data.name == "hf" and documents.name == "eos" and documents.eos is None:
+            documents.eos = read_end(folder)
     except FileFault as error:
         raise Invalid(f"model.path: {error}") from None
+    if folder != model.path:
+        resolved.notes.append(f"{model.path} is its commit {hub.commit(folder)}")
+
+
+def check_data(config: Config) -> None:
+    """Of data=hf: is there something to read, and to read it with?"""
+    if config.data.name == "hf" and not config.data.path:
+        raise Invalid("data.path is missing: data=hf reads a data set, ORG/NAME on the Hugging Face hub or a folder")
+    if config.data.name == "hf" and config.model.name != "hf":
+        raise Invalid(
+            f"data=hf is read with the model's tokenizer, and model={config.model.name} has none; model=hf would do"
+        )
 
 
 def fill_model(model: ModelConfig) -> None:

@@ -10,6 +10,7 @@ import strategies
 from bench.workloads import data
 from bench.workloads.attention import AttentionAlone
 from bench.workloads.training import PRECISIONS, Batch, Training
+from conf import hub
 from conf.documents import mask_of, without_label
 from conf.keys import INITIAL_STD, Config
 from conf.mask import Mask
@@ -73,7 +74,7 @@ def build(config: Config) -> tuple[Training | AttentionAlone, Callable[[int], li
 def initial_weights(config: Config) -> Callable[[str, torch.Size], torch.Tensor]:
     """A checkpoint's, or random ones."""
     if config.model.name == "hf":
-        files = checkpoint.Checkpoint(str(config.model.path))
+        files = checkpoint.Checkpoint(hub.folder_here(str(config.model.path)))
         return lambda name, shape: files.tensor(name)
     return lambda name, shape: initial(name, shape, config.seed, config.device)
 

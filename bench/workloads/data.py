@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.lib import format as npy
 
+from bench.workloads import tokenized
 from conf.documents import mask_of
 from conf.files import FileFault, size_of, status
 from conf.keys import Config
@@ -113,6 +114,8 @@ def load(config: Config) -> Source:
         return RandomTokens(config.model.vocab_size, config.seed)
     if config.data.name == "text":
         return StoredTokens(config, text(config.data.path, needed(config)), np.dtype(np.uint8))
+    if config.data.name == "hf":
+        return StoredTokens(config, *array(tokenized.tokens_of(config.data, str(config.model.path), needed(config))))
     if config.data.path is None:
         raise Invalid("data.path is missing: data=tokens reads a 1-D integer .npy file")
     return StoredTokens(config, *array(Path(config.data.path)))
@@ -120,6 +123,8 @@ def load(config: Config) -> Source:
 
 def check(config: Config) -> None:
     """Are there as many tokens as the run needs? Raises Invalid."""
+    if config.data.name == "hf":
+        tokenized.renewed(config.data, str(config.model.path), needed(config))
     try:
         tokens = load(config)
         if isinstance(tokens, StoredTokens):
