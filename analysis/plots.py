@@ -240,14 +240,13 @@ def bytes_by_tier(sweep: Sweep) -> Figure:
     if rows.empty:
         raise Unavailable("Bytes by link tier: no row has ranks on several hosts.")
     rows, left_out = bars(longest(rows), "comm_bytes_inter")
-    rows = rows.sort_values(["strategy", *AXES, "placement"], key=in_order, kind="stable")
+    rows = rows.sort_values(["strategy", *AXES, "comm_bytes", "placement"], key=in_order, kind="stable")
     unit, name = (1e9, "GB") if rows.comm_bytes.max() > 2e9 else (MIB, "MiB")
     tiers = {"across hosts": ("comm_bytes_inter", ORANGE), "inside a host": ("comm_bytes_intra", SKY)}
     parts = {tier: (rows[column].to_numpy(dtype=float) / unit, shade) for tier, (column, shade) in tiers.items()}
     figure, ax = stacked(rows, parts)
-    ax.set_xlabel(f"sent by the rank that sends most to other hosts, in a step ({name})")
-    at = f"seq_len={int(rows.seq_len.iloc[0]):,}"
-    ax.set_title(f"What leaves a host decides where links differ, at {at}{left_out}", loc="left")
+    ax.set_xlabel(f"sent by a rank in a step ({name})")
+    ax.set_title(f"What leaves a host at seq_len={int(rows.seq_len.iloc[0]):,}{left_out}", loc="left")
     legend_below(figure)
     return figure
 
@@ -593,7 +592,8 @@ PLOTS: dict[str, tuple[Callable[[Sweep], Figure], str]] = {
     "ulysses_by_ring": (ulysses_by_ring, "How ranks are best divided between trading heads and travelling keys, here."),
     "bytes_by_tier": (
         bytes_by_tier,
-        "Hosts are consecutive ranks; placement, ring.inner and the mesh decide which collectives stay on one.",
+        "Of the rank that sends most to other hosts. Hosts are consecutive ranks; the mesh, placement and ring.inner "
+        "decide which collectives stay on one, and where links differ that decides more than the sum.",
     ),
     "longest_that_fits": (
         longest_that_fits,
