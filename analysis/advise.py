@@ -32,7 +32,7 @@ AS_TRAINED = ("precision=bf16_mixed", "device=cuda", "loss.chunks=8")  # unless 
 ERROR = 0.05  # what both predictors may differ by (tests/test_predict.py)
 WEIGHED = 0.02  # what the account's memory may be off
 MESH = ["strategy", *OF_AXES.values()]
-GIB, GB = 2**30, 1e9
+GIB = 2**30
 WAITING = (*COLLECTIVES, "offload")
 PARTS = ("products", "attention", "kernels", "launches", *WAITING)
 FACTORS = (0.25, 0.5, 1, 2, 4)  # of length and ranks, on the map
@@ -246,7 +246,7 @@ def table(found: Advice, rows: pd.DataFrame) -> pd.DataFrame:
             "tokens/s": f"{tokens / row.step_ms * 1000:,.0f}",
             "waiting": f"{exposed(row) / row.step_ms:.0%}",
             "GiB": f"{row.peak_bytes / GIB:.1f}",
-            "GB sent": f"{row.sent_bytes / GB:.1f}",
+            "GiB sent": f"{row.sent_bytes / GIB:.1f}",
         }
         for _, row in rows.iterrows()
     )
@@ -283,9 +283,9 @@ def reason(found: Advice, name: str) -> str:
     more = {part: float(row[part]) - float(first[part]) for part in PARTS if row[part] == row[part]}
     part = max(more, key=lambda part: more[part])
     what = f"waiting for {part}" if part in WAITING else part
-    sent = (row.sent_bytes - first.sent_bytes) / GB
+    sent = (row.sent_bytes - first.sent_bytes) / GIB
     slower = row.step_ms / first.step_ms - 1
-    said = f"{mesh_of(row)} is {slower:.0%} slower: {more[part]:+,.0f} ms of {what}, {sent:+.1f} GB sent"
+    said = f"{mesh_of(row)} is {slower:.0%} slower: {more[part]:+,.0f} ms of {what}, {sent:+.1f} GiB sent"
     return said + idle(found, row) + ("; a tie" if slower <= ERROR else "")
 
 

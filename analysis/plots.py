@@ -20,16 +20,17 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogFormatter
+from matplotlib.ticker import FuncFormatter, LogFormatter, PercentFormatter
 
-from analysis import machine
+from analysis import fits, machine
 from analysis.curves import Fit, Points
 from analysis.looks import colour, marker
 from analysis.reading import Sweep
-from conf.columns import MIB
+from analysis.tasks import MACHINE, OF_A_TASK, Task, alike, at_longest, grouped, having, named, timed
 from conf.keys import keys
-from conf.labels import text
+from conf.labels import where
 from conf.meshes import AXES, names
+from conf.sizes import about, size, tokens, unit
 
 BLUE, SKY, ORANGE, GREEN, ROSE, GREY = "#0072b2", "#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#bbbbbb"
 KINDS = {"all_gather": BLUE, "reduce_scatter": SKY, "all_reduce": ORANGE, "all_to_all": GREEN, "p2p": ROSE}
@@ -58,18 +59,14 @@ plt.rcParams.update(
 )
 SEEN = 0.002  # of a bar: what is less is not seen
 MOST_BARS = 24  # a picture with more is not read
+MOST_PANELS = 4  # tasks beside each other
+SAME = 0.01  # bars of one length
+BEYOND = 1.5  # of a GPU's memory, where bars are cut off
+OF_A_GRID = ["strategy", "world_size", "seq_len", "tp"]
 
 
 class Unavailable(Exception):
     """Why the sweep's data does not allow a picture, in one sentence."""
-
-
-def tokens(n: float, _: object = None) -> str:
-    """512, 64K, 1M"""
-    for size, unit in ((2**20, "M"), (2**10, "K")):
-        if n >= size and n % size == 0:
-            return f"{n / size:g}{unit}"
-    return f"{n:g}"
 
 
 def style(label: str, strategy: str, lines: dict[str, int]) -> dict:
@@ -116,12 +113,6 @@ def loss_curves(sweep: Sweep) -> Figure:
     return figure
 
 
-def grouped(rows: pd.DataFrame, columns: list[str]) -> list[pd.DataFrame]:
-    """The rows that have the same in all of these columns together."""
-    values = [tuple(map(text, row)) for row in rows[columns].astype(object).to_numpy()]
-    return [part for _, part in rows.groupby(pd.Series(values, rows.index), sort=False)]
-
-
 def group_but(rows: pd.DataFrame, column: str) -> list[tuple[str, pd.DataFrame]]:
     """Rows of configurations that differ in `column` alone, each under a label, sorted by it."""
     fixed = [key.column for key in keys().values() if key.declared.metadata["identity"] and key.column != column]
@@ -130,64 +121,105 @@ def group_but(rows: pd.DataFrame, column: str) -> list[tuple[str, pd.DataFrame]]
 
 def time_and_throughput(sweep: Sweep) -> Figure:
     """Step time and tokens/s against the sequence length; where a line ends for want of memory, a cross."""
-    timed = sweep.ok[sweep.ok.step_ms_median.notna()]
-    if timed.seq_len.nunique() < 2:
+    rows = sweep.steps[sweep.steps.step_ms_median.notna() | (sweep.steps.status == "oom")]
+    found = few([task for task in alike(rows) if task.ok.seq_len.nunique() > 1])
+    if not found:
         raise Unavailable("Time against sequence length: the sweep has timed rows at fewer than two lengths.")
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    lines: dict[str, int] = {}
-    out = sweep.rows[sweep.rows.status == "oom"]
-    for label, part in group_but(timed, "seq_len"):
-        how = style(label, part.strategy.iloc[0], lines)
-        spread = [part.step_ms_median - part.step_ms_p10, part.step_ms_p90 - part.step_ms_median]
-        axes[0].errorbar(part.seq_len, part.step_ms_median, yerr=spread, capsize=2, linewidth=1.2, **how)
-        axes[1].plot(part.seq_len, part.tokens_per_s, linewidth=1.2, **how)
-        lost = out[(out.label == label) & (out.seq_len > part.seq_len.max())]
-        if not lost.empty:
-            axes[0].annotate(
-                "out of memory", (part.seq_len.iloc[-1], part.step_ms_median.iloc[-1]), fontsize=7, color="#b00000"
-            )
-    for ax, what in zip(axes, ("step time (ms), median, p10 to p90", "tokens/s over all ranks"), strict=True):
-        ax.set_xscale("log", base=2)
-        ax.set_xticks(sorted(timed.seq_len.unique()))
-        ax.xaxis.set_major_formatter(FuncFormatter(tokens))
-        ax.minorticks_off()
-        ax.set_xlabel("sequence length (tokens)")
-        ax.set_ylabel(what)
-        ax.set_ylim(bottom=0)
-    axes[0].set_title("Step time: lower is better", loc="left")
-    axes[1].set_title("Throughput: higher is better", loc="left")
-    axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure, panels = plt.subplots(
+        len(found), 2, figsize=(10, 0.6 + 3.4 * len(found)), layout="constrained", squeeze=False
+    )
+    for axes, task in zip(panels, found, strict=True):
+        lines: dict[str, int] = {}
+        named_rows = named(task.rows)
+        timed, out = (named_rows[named_rows.status == status] for status in ("ok", "oom"))
+        for label, part in group_but(timed, "seq_len"):
+            how = style(label, part.strategy.iloc[0], lines)
+            spread = [part.step_ms_median - part.step_ms_p10, part.step_ms_p90 - part.step_ms_median]
+            axes[0].errorbar(part.seq_len, part.step_ms_median, yerr=spread, capsize=2, linewidth=1.2, **how)
+            axes[1].plot(part.seq_len, part.tokens_per_s, linewidth=1.2, **how)
+            lost = out[(out.label == label) & (out.seq_len > part.seq_len.max())]
+            if not lost.empty:
+                axes[0].annotate(
+                    "out of memory", (part.seq_len.iloc[-1], part.step_ms_median.iloc[-1]), fontsize=7, color="#b00000"
+                )
+        for ax, what in zip(axes, ("step time (ms), median, p10 to p90", "tokens/s over all ranks"), strict=True):
+            ax.set_xscale("log", base=2)
+            ax.set_xticks(sorted(timed.seq_len.unique()))
+            ax.xaxis.set_major_formatter(FuncFormatter(tokens))
+            ax.minorticks_off()
+            ax.set_xlabel("sequence length (tokens)")
+            ax.set_ylabel(what)
+            ax.set_ylim(bottom=0)
+        axes[0].set_title(task.said or "Step time: lower is better", loc="left")
+        axes[1].set_title("Throughput: higher is better", loc="left")
+        axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
-def longest(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows at the longest sequence that most strategies reached, no more than a picture can hold."""
-    reached = rows.groupby("seq_len").strategy.nunique()
-    length = max(reached[reached == reached.max()].index)
-    return rows[rows.seq_len == length]
+def few(tasks: list[Task]) -> list[Task]:
+    """As many as a picture has panels for; the last one says that there are more."""
+    if len(tasks) <= MOST_PANELS:
+        return tasks
+    last = tasks[MOST_PANELS - 1]
+    said = f"{last.said} (and {len(tasks) - MOST_PANELS} more, not drawn)"
+    return [*tasks[: MOST_PANELS - 1], Task(said, last.rows)]
 
 
-def bars(rows: pd.DataFrame, value: str) -> tuple[pd.DataFrame, str]:
-    """Rows for a bar each: all, or per strategy those with the least and the most; and a note of what was left out."""
-    if len(rows) <= MOST_BARS:
-        return rows, ""
-    ordered = rows.sort_values(value)
-    few = pd.concat([ordered.groupby("strategy", sort=False).head(1), ordered.groupby("strategy", sort=False).tail(1)])
-    few = few[~few.index.duplicated()]
-    few = rows.loc[[i for i in rows.index if i in few.index]]
-    return few, f"\n(of {len(rows)} configurations, each strategy's least and most)"
+def bars(tasks: list[Task], value: str) -> list[Task]:
+    """Rows for a bar each: all, or per strategy those with the least and the most, what is the same as one."""
+    found = []
+    for task in few(tasks):
+        rows, said = task.rows, task.said
+        if len(rows) > MOST_BARS:
+            ordered = rows.sort_values(value).groupby("strategy", sort=False)
+            ends = pd.concat([ordered.head(1), ordered.tail(1)]).index
+            said += f"\n(of {len(rows)} configurations, each strategy's least and most; what is the same, once)"
+            rows = once(rows[rows.index.isin(ends)], value)
+        found.append(Task(said, rows))
+    return found
 
 
-def stacked(rows: pd.DataFrame, parts: dict[str, tuple[np.ndarray, str]]) -> tuple[Figure, Axes]:
-    """A bar for each row, made of parts: name -> their sizes and colour."""
-    figure, ax = plt.subplots(figsize=(8.5, 1.3 + 0.3 * len(rows)), layout="constrained")
-    left = np.zeros(len(rows))
-    for name, (sizes, shade) in parts.items():
-        if sizes.any():
-            ax.barh(rows.label, sizes, left=left, color=shade, label=name)
-        left += sizes
-    ax.invert_yaxis()
-    return figure, ax
+def once(rows: pd.DataFrame, value: str) -> pd.DataFrame:
+    """One row for all that differ in the strategy alone, and too little in the value to be seen: its label says so."""
+    mesh = [row.label.removeprefix(row.strategy).strip() or where(row) for _, row in rows.iterrows()]
+    labels: dict[int, str] = {}
+    for at, part in rows.groupby(pd.Series(mesh, rows.index), sort=False):
+        part = part.sort_values(value, kind="stable")
+        for _, same in part.groupby((part[value].pct_change() > SAME).cumsum()):
+            who = ", ".join(same.strategy) if len(same) <= 3 else f"{len(same)} strategies"
+            labels[min(same.index)] = f"{who}: {at}" if len(same) > 1 else same.label.iloc[0]
+    return rows.loc[sorted(labels)].assign(label=[labels[index] for index in sorted(labels)])
+
+
+Parts = Mapping[str, tuple[np.ndarray, str]]  # of a bar: a name -> a size for each row, and its colour
+
+
+def stacked(tasks: list[Task], title: str, parts_of: Callable[[pd.DataFrame], Parts]) -> tuple[Figure, list[Axes]]:
+    """A panel for each task; in it a bar for each row, made of parts."""
+    lengths = [len(task.rows) for task in tasks]
+    figure, panels = plt.subplots(
+        len(tasks),
+        1,
+        figsize=(8.5, 0.9 + sum(0.3 * length + 0.45 for length in lengths)),
+        height_ratios=[length + 0.6 for length in lengths],
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    axes, known = list(panels[:, 0]), set()
+    for ax, task in zip(axes, tasks, strict=True):
+        left = np.zeros(len(task.rows))
+        for name, (sizes, shade) in parts_of(task.rows).items():
+            if sizes.any():
+                ax.barh(task.rows.label, sizes, left=left, color=shade, label=None if name in known else name)
+                known.add(name)
+            left += sizes
+        ax.invert_yaxis()
+        ax.grid(False, axis="y")
+        ax.set_title(task.said if len(tasks) > 1 else f"{title}, at {task.said}", loc="left")
+    if len(tasks) > 1:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    return figure, axes
 
 
 def legend_below(figure: Figure) -> None:
@@ -196,59 +228,89 @@ def legend_below(figure: Figure) -> None:
 
 
 def memory_parts(sweep: Sweep) -> Figure:
-    """The peak as a stack of its parts."""
-    rows = sweep.ok[sweep.ok.peak_bytes.notna()]
+    """The peak as a stack of its parts; bars that reach far beyond a GPU's memory are cut off there."""
+    rows = sweep.steps[sweep.steps.peak_bytes.notna() & sweep.steps.max_seq_len.isna()]
     if rows.empty:
-        raise Unavailable("Memory: no row has a peak.")
-    rows, left_out = bars(longest(rows), "peak_bytes")
-    unit, name = (2**30, "GiB") if rows.peak_bytes.max() > 2**31 else (MIB, "MiB")
-    sizes = {part: rows[f"{part.removesuffix('s')}_bytes"].to_numpy(dtype=float) / unit for part in PARTS}
-    figure, ax = stacked(rows, {part: (sizes[part], shade) for part, shade in PARTS.items()})
-    if rows.capacity_bytes.notna().any():
-        room = (rows.capacity_bytes - rows.context_bytes.fillna(0)).max() / unit
-        ax.axvline(room, color="#b00000", linestyle="--", label=f"capacity less context, {room:.1f} {name}")
-    ax.set_xlabel(f"peak memory of the fullest rank ({name})")
-    ax.set_title(f"What fills the memory at seq_len={int(rows.seq_len.iloc[0]):,}{left_out}", loc="left")
+        raise Unavailable("Memory: no row has a peak at a length that was asked.")
+    tasks = bars(at_longest(rows), "peak_bytes")
+    room = (rows.capacity_bytes - rows.context_bytes.fillna(0)).max()
+    peaks = pd.concat([task.rows.peak_bytes for task in tasks])
+    end = min(peaks.max(), BEYOND * room) if room == room else peaks.max()
+    of, name = unit(end)
+    figure, axes = stacked(
+        tasks,
+        "What fills the memory",
+        lambda rows: {
+            part: (rows[f"{part.removesuffix('s')}_bytes"].to_numpy(dtype=float) / of, shade)
+            for part, shade in PARTS.items()
+        },
+    )
+    for n, (ax, task) in enumerate(zip(axes, tasks, strict=True)):
+        if room == room:
+            label = f"capacity less context, {size(room)}" if n == 0 else None
+            ax.axvline(room / of, color="#b00000", linestyle="--", label=label)
+            ax.set_xlim(0, 1.04 * end / of)
+        for y, peak in enumerate(task.rows.peak_bytes):
+            if peak > end:
+                ax.text(end / of, y, f"{size(peak)} \u2192", ha="right", va="center", fontsize=8)
+    axes[-1].set_xlabel(f"peak memory of the fullest rank ({name})")
     legend_below(figure)
     return figure
 
 
 def bytes_sent(sweep: Sweep) -> Figure:
     """What was counted, stacked by collective, and over it the formula's total as a mark."""
-    rows = sweep.ok[(sweep.ok.comm_bytes > 0)]
-    if rows.empty:
+    tasks = bars(sending(sweep, "comm_bytes"), "comm_bytes")
+    if not tasks:
         raise Unavailable("Bytes sent: no row sent anything.")
     if not sweep.comm:
         raise Unavailable("Bytes sent by collective: the folder has no comm.csv beside its records.")
-    rows, left_out = bars(longest(rows), "comm_bytes")
-    unit, name = (1e9, "GB") if rows.comm_bytes.max() > 2e9 else (MIB, "MiB")
-    sizes = {kind: np.array([sent_by(sweep, run_id, kind) for run_id in rows.run_id]) / unit for kind in KINDS}
-    figure, ax = stacked(rows, {kind: (sizes[kind], shade) for kind, shade in KINDS.items()})
-    analytic = rows[rows.analytic_comm_bytes.notna()]
-    x, y = analytic.analytic_comm_bytes / unit, analytic.label
-    ax.scatter(x, y, marker="|", s=160, color="#000000", label="analytic", zorder=3)
-    ax.set_xlabel(f"sent by the busiest rank in a step ({name})")
-    at = f"seq_len={int(rows.seq_len.iloc[0]):,}"
-    ax.set_title(f"Counted bytes end where the formula says, at {at}{left_out}", loc="left")
+    of, name = unit(max(task.rows.comm_bytes.max() for task in tasks))
+    figure, axes = stacked(
+        tasks,
+        "Counted bytes end where the formula says",
+        lambda rows: {
+            kind: (np.array([sent_by(sweep, run_id, kind) for run_id in rows.run_id]) / of, shade)
+            for kind, shade in KINDS.items()
+        },
+    )
+    for n, (ax, task) in enumerate(zip(axes, tasks, strict=True)):
+        analytic = task.rows[task.rows.analytic_comm_bytes.notna()]
+        x, y = analytic.analytic_comm_bytes.astype(float) / of, analytic.label
+        ax.scatter(x, y, marker="|", s=160, color="#000000", label="analytic" if n == 0 else None, zorder=3)
+    axes[-1].set_xlabel(f"sent by the busiest rank in a step ({name})")
     legend_below(figure)
     return figure
 
 
 def bytes_by_tier(sweep: Sweep) -> Figure:
     """What stays on a host and what leaves it; placements of one mesh beside each other."""
-    rows = sweep.ok[sweep.ok.get("comm_bytes_inter", pd.Series(0, sweep.ok.index)) > 0]
-    if rows.empty:
+    tasks = bars(sending(sweep, "comm_bytes_inter"), "comm_bytes_inter")
+    if not tasks:
         raise Unavailable("Bytes by link tier: no row has ranks on several hosts.")
-    rows, left_out = bars(longest(rows), "comm_bytes_inter")
-    rows = rows.sort_values(["strategy", *AXES, "comm_bytes", "placement"], key=in_order, kind="stable")
-    unit, name = (1e9, "GB") if rows.comm_bytes.max() > 2e9 else (MIB, "MiB")
+    tasks = [
+        Task(
+            task.said,
+            task.rows.sort_values(["strategy", *AXES, "comm_bytes", "placement"], key=in_order, kind="stable"),
+        )
+        for task in tasks
+    ]
+    of, name = unit(max(task.rows.comm_bytes.max() for task in tasks))
     tiers = {"across hosts": ("comm_bytes_inter", ORANGE), "inside a host": ("comm_bytes_intra", SKY)}
-    parts = {tier: (rows[column].to_numpy(dtype=float) / unit, shade) for tier, (column, shade) in tiers.items()}
-    figure, ax = stacked(rows, parts)
-    ax.set_xlabel(f"sent by a rank in a step ({name})")
-    ax.set_title(f"What leaves a host at seq_len={int(rows.seq_len.iloc[0]):,}{left_out}", loc="left")
+    figure, axes = stacked(
+        tasks,
+        "What leaves a host",
+        lambda rows: {tier: (rows[column].to_numpy(float) / of, shade) for tier, (column, shade) in tiers.items()},
+    )
+    axes[-1].set_xlabel(f"sent by a rank in a step ({name})")
     legend_below(figure)
     return figure
+
+
+def sending(sweep: Sweep, column: str) -> list[Task]:
+    """Tasks in which somebody sends, and who does."""
+    tasks = (Task(task.said, task.rows[task.rows[column] > 0]) for task in having(sweep, column))
+    return [task for task in tasks if len(task.rows)]
 
 
 def in_order(column: pd.Series) -> pd.Series:
@@ -261,55 +323,66 @@ def sent_by(sweep: Sweep, run_id: str, kind: str) -> int:
 
 
 def ulysses_by_ring(sweep: Sweep) -> Figure:
-    """Step time of every ulysses x ring, relative to the best; illegal cells hatched."""
-    grid = sweep.rows[
-        sweep.rows.strategy.isin(["usp", "tp_usp"]) & sweep.rows.ulysses.notna() & sweep.rows.ring.notna()
+    """Step time of every ulysses x ring over that of the best; what cannot stand is grey, and a letter says why."""
+    rows = sweep.rows[sweep.rows.ulysses.notna() & sweep.rows.ring.notna()]
+    found = [
+        part
+        for part in grouped(rows[(rows.status == "ok") & rows.step_ms_median.notna()], [*OF_A_GRID, *OF_A_TASK])
+        if part.strategy.iloc[0] in ("usp", "tp_usp") and not part.duplicated(["ulysses", "ring"]).all()
     ]
-    timed = grid[(grid.status == "ok") & grid.step_ms_median.notna()]
-    if timed.drop_duplicates(["ulysses", "ring"]).shape[0] < 3:
+    timed = max(found, key=lambda part: len(part.drop_duplicates(["ulysses", "ring"])), default=rows[:0])
+    if len(timed.drop_duplicates(["ulysses", "ring"])) < 3:
         raise Unavailable("Ulysses x ring: the sweep has fewer than three meshes of usp.")
-    strategy = "usp" if (timed.strategy == "usp").any() else "tp_usp"
-    grid, timed = grid[grid.strategy == strategy], timed[timed.strategy == strategy]
-    best = timed.step_ms_median.min()
+    best = timed.loc[timed.step_ms_median.idxmin()]
+    refused = rows[rows.status == "invalid"].fillna({"tp": best.tp})
+    refused = refused[(refused[OF_A_GRID] == best[OF_A_GRID]).all(axis=1)]
+    grid = pd.concat([timed, refused])
     widths, rings = sorted(grid.ulysses.astype(int).unique()), sorted(grid.ring.astype(int).unique())
-    figure, ax = plt.subplots(figsize=(2.4 + 1.25 * len(rings), 1.6 + 0.95 * len(widths)), layout="constrained")
-    cells = np.full((len(widths), len(rings)), np.nan)
+    figure, ax = plt.subplots(figsize=(3.4 + 0.95 * len(rings), 2 + 0.7 * len(widths)), layout="constrained")
+    cells = timed.pivot_table(index="ulysses", columns="ring", values="step_ms_median", aggfunc="min")
+    cells = cells.reindex(index=widths, columns=rings).to_numpy() / best.step_ms_median
+    most = max(1.01, np.nanmax(cells))
+    image = ax.imshow(cells, cmap="viridis_r", vmin=1, vmax=most)
+    letters: dict[str, str] = {}
     for y, x in np.ndindex(cells.shape):
-        here = timed[(timed.ulysses == widths[y]) & (timed.ring == rings[x])]
-        if not here.empty:
-            cells[y, x] = here.step_ms_median.min() / best
-    image = ax.imshow(cells, cmap="viridis_r", vmin=1, vmax=max(1.01, np.nanmax(cells)))
-    for y, x in np.ndindex(cells.shape):
-        here = grid[(grid.ulysses == widths[y]) & (grid.ring == rings[x])]
-        if not np.isnan(cells[y, x]):
-            middle = (1 + np.nanmax(cells)) / 2
-            ax.text(
-                x, y, f"{cells[y, x]:.2f}", ha="center", va="center", color="white" if cells[y, x] > middle else "black"
-            )
+        if np.isnan(cells[y, x]):
+            here = refused[(refused.ulysses == widths[y]) & (refused.ring == rings[x])]
+            why = here.reason.iloc[0].partition("; ")[0] if len(here) else "was not run"
+            said, ink = letters.setdefault(why, "abcdefghijklmnopqrstuvwxyz"[len(letters) % 26]), "#555555"
+            ax.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="#e8e8e8"))
         else:
-            ax.add_patch(hatched(x, y))
-            said = here.reason.iloc[0] if not here.empty else "not run"
-            said = "\n".join(textwrap.wrap(said, 20, max_lines=6, placeholder=" ..."))
-            ax.text(x, y, said, ha="center", va="center", fontsize=5.5)
+            said, ink = f"{cells[y, x]:.2f}", "white" if cells[y, x] > (1 + most) / 2 else "black"
+        ax.text(x, y, said, ha="center", va="center", color=ink)
     ax.set_xticks(range(len(rings)), rings)
     ax.set_yticks(range(len(widths)), widths)
     ax.set_xlabel("mesh.ring (ranks)")
     ax.set_ylabel("mesh.ulysses (ranks)")
     ax.grid(False)
-    figure.colorbar(image, label="step time / best", shrink=0.8)
-    ax.set_title(f"{strategy}: 1.00 is {best:.1f} ms", loc="left")
+    figure.colorbar(image, label="step time over the best", shrink=0.8)
+    ax.set_title(
+        f"{best.strategy} on {best.world_size:g} ranks: 1.00 is {best.step_ms_median:,.1f} ms a step,\n"
+        f"of ulysses={best.ulysses:g} ring={best.ring:g}, the fastest of these meshes",
+        loc="left",
+    )
+    if letters:
+        said = "\n".join(
+            textwrap.fill(f"{letter}  {why}", 76, subsequent_indent="    ") for why, letter in letters.items()
+        )
+        figure.supxlabel(said, x=0.02, ha="left", fontsize=7)
     return figure
 
 
-def hatched(x: int, y: int) -> plt.Rectangle:
+def hatched(x: int, y: int, ink: str = "#dddddd") -> plt.Rectangle:
     """A cell of a grid that holds nothing."""
-    return plt.Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, hatch="///", edgecolor="#dddddd", linewidth=0)
+    return plt.Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, hatch="///", edgecolor=ink, linewidth=0)
 
 
 def scaling(sweep: Sweep, weak: bool) -> Figure:
     """Tokens/s against ranks: at one length (strong), or at one length a rank (weak)."""
-    timed = sweep.ok[sweep.ok.step_ms_median.notna() & (sweep.ok.strategy != "single")].copy()
+    timed = sweep.ok[sweep.ok.step_ms_median.notna() & (sweep.ok.strategy != "single")]
     kind = "Weak" if weak else "Strong"
+    task = max(alike(timed), key=lambda task: task.rows.world_size.nunique(), default=Task("", timed))
+    timed = task.rows.copy()
     if timed.world_size.nunique() < 2:
         raise Unavailable(f"{kind} scaling: the sweep has timed rows on fewer than two numbers of ranks.")
     timed["per_rank"] = timed.seq_len // timed.world_size
@@ -332,7 +405,62 @@ def scaling(sweep: Sweep, weak: bool) -> Figure:
     ax.set_ylim(bottom=0)
     ax.legend(fontsize=7)
     what = f"{chosen:,} tokens a rank" if weak else f"seq_len={chosen:,}"
-    ax.set_title(f"{kind} scaling at {what}, each strategy's best mesh", loc="left")
+    what += f", {task.said}" if task.said else ""
+    ax.set_title(f"{kind} scaling at {what}: each strategy's best mesh", loc="left")
+    return figure
+
+
+def what_fits(sweep: Sweep) -> Figure:
+    """Length by ranks, a panel for each strategy: the share of a GPU's memory that its best mesh holds."""
+    rows = fits.weighed(sweep)
+    rows = rows[rows.max_seq_len.isna()]
+    if len(rows) < 2:
+        raise Unavailable("What fits: fewer than two rows know a GPU's capacity.")
+    task = alike(rows)[0]
+    best = fits.best(task.rows)
+    ranks, lengths = (sorted(best[column].astype(int).unique()) for column in ("world_size", "seq_len"))
+    strategies = list(dict.fromkeys(best.strategy))
+    across = min(4, len(strategies))
+    down = -(-len(strategies) // across)
+    size_of = (1.2 + across * (0.5 + 0.56 * len(ranks)), 0.9 + down * (0.6 + 0.34 * len(lengths)))
+    figure, axes = plt.subplots(
+        down, across, figsize=size_of, sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    for ax in axes.flat[len(strategies) :]:
+        ax.set_visible(False)
+    for ax, strategy in zip(axes.flat, strategies, strict=False):
+        part = best[best.strategy == strategy]
+        shares = part.pivot(index="seq_len", columns="world_size", values="share").reindex(index=lengths, columns=ranks)
+        shares = shares.to_numpy()
+        image = ax.imshow(
+            np.where(shares > 1, np.nan, shares), cmap="YlGnBu", vmin=0, vmax=1, origin="lower", aspect="auto"
+        )
+        for y, x in np.ndindex(shares.shape):
+            if np.isnan(shares[y, x]):
+                ax.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="#eeeeee"))
+            elif shares[y, x] > 1:
+                ax.add_patch(hatched(x, y, "#c06060"))
+            else:
+                longest = y == max(np.flatnonzero(shares[:, x] <= 1))
+                said = f"{tokens(lengths[y])}" if longest else f"{shares[y, x]:.0%}"
+                how = {"fontweight": "bold", "fontsize": 9} if longest else {"fontsize": 7}
+                ax.text(x, y, said, ha="center", va="center", color="white" if shares[y, x] > 0.6 else "black", **how)
+        ax.set_xticks(range(len(ranks)), [f"{n:,}" for n in ranks])
+        ax.set_yticks(range(len(lengths)), [tokens(n) for n in lengths])
+        ax.set_title(strategy, loc="left", color=colour(strategy), fontweight="bold")
+        ax.grid(False)
+    bar = figure.colorbar(image, ax=axes, shrink=0.7, label=f"share of {size(task.rows.capacity_bytes.max())}")
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1))
+    figure.supxlabel("ranks", fontsize=9)
+    figure.supylabel("sequence length (tokens)", fontsize=9)
+    said = f", {task.said}" if task.said else ""
+    on = task.rows[MACHINE].iloc[0]
+    figure.suptitle(
+        f"What fits into the {size(task.rows.capacity_bytes.max())} of {on}{said}: in bold the longest that does",
+        x=0.01,
+        ha="left",
+        fontsize=11,
+    )
     return figure
 
 
@@ -380,80 +508,76 @@ def how_much(kept: pd.Series) -> pd.Series:
     return kept.map(lambda words: order.index(words.split()[0]) + ("offload" in words) / 2)
 
 
-def about(n: float) -> str:
-    """112K, 1.03M; a dash for none."""
-    if not n:
-        return "-"
-    return f"{n / 2**20:.3g}M" if n >= 2**20 else f"{n / 2**10:.3g}K"
-
-
 def exposed(sweep: Sweep) -> Figure:
     """Step time as computation and communication that nothing hides."""
-    rows = sweep.ok
-    if rows.exposed_comm_ms.isna().all():
+    tasks = bars(having(sweep, "exposed_comm_ms"), "step_ms_median")
+    if not tasks:
         raise Unavailable("Compute and exposed communication: no row has exposed_comm_ms.")
-    rows, left_out = bars(longest(rows[rows.exposed_comm_ms.notna()]), "step_ms_median")
-    compute, waiting = (rows.step_ms_median - rows.exposed_comm_ms).to_numpy(), rows.exposed_comm_ms.to_numpy()
-    figure, ax = stacked(rows, {"computation": (compute, BLUE), "exposed communication": (waiting, ORANGE)})
-    ax.set_xlabel("step time (ms)")
-    ax.set_title(f"What communication costs at seq_len={int(rows.seq_len.iloc[0]):,}{left_out}", loc="left")
-    ax.legend(fontsize=7)
+    figure, axes = stacked(
+        tasks,
+        "What communication costs",
+        lambda rows: {
+            "computation": ((rows.step_ms_median - rows.exposed_comm_ms).to_numpy(float), BLUE),
+            "exposed communication": (rows.exposed_comm_ms.to_numpy(float), ORANGE),
+        },
+    )
+    axes[-1].set_xlabel("step time (ms)")
+    legend_below(figure)
     return figure
 
 
 def predicted_parts(sweep: Sweep) -> Figure:
     """Where a predicted step goes: what the device computes, and what it waits for."""
-    rows = sweep.ok[sweep.ok.predicted_step_ms.notna() & sweep.ok.run_id.isin(sweep.records)]
-    if rows.empty:
-        raise Unavailable("Where a predicted step goes: no row has predicted_step_ms.")
-    rows, left_out = bars(longest(rows), "predicted_step_ms")
-    parts = [sweep.records[run_id]["predicted_parts"] for run_id in rows.run_id]
+    tasks = bars(having(sweep, "predicted_step_ms"), "predicted_step_ms") if sweep.records else []
+    if not tasks:
+        raise Unavailable("Where a predicted step goes: no record has predicted_step_ms.")
+    most, shades = max(task.rows.predicted_step_ms.max() for task in tasks), {**WORK, **KINDS}
 
-    shades = {**WORK, **KINDS}
-    names = dict.fromkeys((which, name) for which in ("work", "exposed") for each in parts for name in each[which])
-    sizes = {(which, name): np.array([each[which].get(name, 0.0) for each in parts]) for which, name in names}
-    figure, ax = stacked(
-        rows,
-        {
+    def parts_of(rows: pd.DataFrame) -> Parts:
+        parts = [sweep.records[run_id]["predicted_parts"] for run_id in rows.run_id]
+        found = dict.fromkeys((which, name) for which in ("work", "exposed") for each in parts for name in each[which])
+        sizes = {(which, name): np.array([each[which].get(name, 0.0) for each in parts]) for which, name in found}
+        return {
             "waits: " * (which == "exposed") + name: (ms, shades.get(name, ROSE))
             for (which, name), ms in sizes.items()
-            if ms.max() > SEEN * rows.predicted_step_ms.max()
-        },
-    )
-    ax.set_xlabel("predicted step time (ms)")
-    ax.set_title(f"Where a predicted step goes at seq_len={int(rows.seq_len.iloc[0]):,}{left_out}", loc="left")
+            if ms.max() > SEEN * most
+        }
+
+    figure, axes = stacked(tasks, "Where a predicted step goes", parts_of)
+    axes[-1].set_xlabel("predicted step time (ms)")
     legend_below(figure)
     return figure
 
 
 def pareto(sweep: Sweep) -> Figure:
     """Time against memory; the configurations that nothing beats in both are named."""
-    rows = sweep.ok[sweep.ok.step_ms_median.notna() & sweep.ok.peak_bytes.notna()]
-    if rows.empty:
-        raise Unavailable("Time against memory: no row has both.")
-    rows = longest(rows)
-    if len(rows) < 2:
-        raise Unavailable("Time against memory: one configuration alone has no trade to show.")
-    figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for strategy, part in rows.groupby("strategy", sort=False):
-        ax.scatter(
-            part.peak_bytes / MIB, part.step_ms_median, color=colour(strategy), marker=marker(strategy), label=strategy
-        )
-    front = front_of(rows)
-    ax.plot(
-        front.peak_bytes / MIB, front.step_ms_median, color="#999999", linewidth=1, zorder=0, drawstyle="steps-post"
+    _, column = timed(sweep.ok)
+    tasks = [Task(task.said, timed(task.rows)[0]) for task in having(sweep, column)]
+    tasks = few([task for task in tasks if len(task.rows) > 1 and task.rows.peak_bytes.notna().all()])
+    if not tasks:
+        raise Unavailable("Time against memory: no two rows that may be compared have both.")
+    figure, panels = plt.subplots(
+        len(tasks), 1, figsize=(7.5, 0.8 + 3.4 * len(tasks)), layout="constrained", squeeze=False
     )
-    for n, (_, row) in enumerate(front.iterrows(), 1):
-        where = row.peak_bytes / MIB, row.step_ms_median
-        ax.annotate(str(n), where, xytext=(-9, -9), textcoords="offset points", fontsize=8, fontweight="bold")
-    named = "\n".join(f"{n} {label}" for n, label in enumerate(front.label, 1))
-    ax.text(1.02, 0.02, named, transform=ax.transAxes, fontsize=7.5, va="bottom")
-    ax.set_xlabel("peak memory of the fullest rank (MiB)")
-    ax.set_ylabel("step time (ms)")
-    ax.set_ylim(bottom=0)
-    ax.margins(x=0.15)
-    ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-    ax.set_title(f"Nothing beats those numbered in both, at seq_len={int(rows.seq_len.iloc[0]):,}", loc="left")
+    for ax, task in zip(panels[:, 0], tasks, strict=True):
+        of, name = unit(task.rows.peak_bytes.max())
+        for strategy, part in task.rows.groupby("strategy", sort=False):
+            shade, mark = colour(strategy), marker(strategy)
+            ax.scatter(part.peak_bytes / of, part[column], color=shade, marker=mark, label=strategy)
+        best = front_of(task.rows, column)
+        ax.plot(best.peak_bytes / of, best[column], color="#999999", linewidth=1, zorder=0, drawstyle="steps-post")
+        for n, (_, row) in enumerate(best.iterrows(), 1):
+            point = row.peak_bytes / of, row[column]
+            ax.annotate(str(n), point, xytext=(-9, -9), textcoords="offset points", fontsize=8, fontweight="bold")
+        named_best = "\n".join(f"{n} {label}" for n, label in enumerate(best.label, 1))
+        ax.text(1.02, 0.02, named_best, transform=ax.transAxes, fontsize=7.5, va="bottom")
+        ax.set_ylabel("step time (ms)" if column == "step_ms_median" else "predicted step time (ms)")
+        ax.set_xlabel(f"peak memory of the fullest rank ({name})")
+        ax.set_ylim(0, 1.1 * task.rows[column].max())
+        ax.margins(x=0.15)
+        ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+        ax.set_title(task.said, loc="left")
+    figure.suptitle("Nothing beats those numbered in both", x=0.01, ha="left", fontsize=11)
     return figure
 
 
@@ -471,11 +595,12 @@ def bytes_and_balance(sweep: Sweep) -> Figure:
     panels = sorted(panels, key=lambda part: part.world_size.iloc[0])
     figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4), layout="constrained", squeeze=False)
     for ax, part in zip(axes[0], panels, strict=True):
+        of, name = unit(part.comm_bytes_activations.max())
         for row in part.itertuples():
             shade, mark = LAYOUTS[row.ring_layout]
             face = shade if row.ring_kv == "needed" else "white"
             ax.plot(
-                row.comm_bytes_activations / MIB,
+                row.comm_bytes_activations / of,
                 row.attention_work_max_by_mean,
                 mark,
                 color=shade,
@@ -483,7 +608,7 @@ def bytes_and_balance(sweep: Sweep) -> Figure:
                 ms=SIZES[mark],
             )
         ax.set_xlim(left=0)
-        ax.set_xlabel("activations sent by the busiest rank in a step (MiB)")
+        ax.set_xlabel(f"activations sent by the busiest rank in a step ({name})")
         one = part.iloc[0]
         ax.set_title(f"{one.strategy}, ring={one.ring:g}, {tokens(one.seq_len)} tokens", loc="left")
     axes[0][0].set_ylabel("attention's work, busiest rank over mean")
@@ -496,13 +621,13 @@ def bytes_and_balance(sweep: Sweep) -> Figure:
     return figure
 
 
-def front_of(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows that no other beats in both step time and peak memory, by memory."""
+def front_of(rows: pd.DataFrame, time: str) -> pd.DataFrame:
+    """The rows that no other beats in both step time, the column `time`, and peak memory, by memory."""
     front, fastest = [], float("inf")
-    for index, row in rows.sort_values(["peak_bytes", "step_ms_median"]).iterrows():
-        if row.step_ms_median < fastest:
+    for index, row in rows.sort_values(["peak_bytes", time]).iterrows():
+        if row[time] < fastest:
             front.append(index)
-            fastest = row.step_ms_median
+            fastest = row[time]
     return rows.loc[front]
 
 
@@ -541,8 +666,8 @@ def flops_over_size(sweep: Sweep, curves: Curves = MappingProxyType({}), tile: i
         raise Unavailable("FLOP/s over size: no row is of workload=kernels.")
     groups = {name: (points, {"color": OF_KERNELS[name], "label": name}) for name, points in found.items()}
     computed = "visible scores" if tile == 1 else f"scores in tiles of {tile} keys"
-    where = f"FLOPs; of attention, of {computed}"
-    return over_size(groups, curves, where, "GFLOP/s of a rank", "Larger products run nearer to the peak")
+    xlabel = f"FLOPs; of attention, of {computed}"
+    return over_size(groups, curves, xlabel, "GFLOP/s of a rank", "Larger products run nearer to the peak")
 
 
 def bytes_over_size(sweep: Sweep, curves: Curves = MappingProxyType({})) -> Figure:
@@ -560,12 +685,16 @@ def bandwidth_over_size(sweep: Sweep, curves: Curves = MappingProxyType({})) -> 
     found = machine.of_links(sweep)
     if not found:
         raise Unavailable("Bandwidth over size: no row is of workload=collectives.")
-    sizes = sorted({(tier, size) for tier, _, size in found}, key=str)
+    groups_of = sorted({(tier, number) for tier, _, number in found}, key=str)
     groups = {}
-    for (tier, kind, size), points in found.items():
-        over = f"{size} {'ranks' if tier == 'intra' else 'nodes'}"
-        how = {"color": KINDS[kind], "marker": "os^Dvp*X"[sizes.index((tier, size)) % 8], "label": f"{kind}, {over}"}
-        groups[tier, kind, size] = (points, how)
+    for (tier, kind, number), points in found.items():
+        over = f"{number} {'ranks' if tier == 'intra' else 'nodes'}"
+        how = {
+            "color": KINDS[kind],
+            "marker": "os^Dvp*X"[groups_of.index((tier, number)) % 8],
+            "label": f"{kind}, {over}",
+        }
+        groups[tier, kind, number] = (points, how)
     title = "Bandwidth grows with size, up to the links'"
     return over_size(groups, curves, "bytes that a rank sends", "bus bandwidth (GB/s)", title)
 
@@ -594,6 +723,11 @@ PLOTS: dict[str, tuple[Callable[[Sweep], Figure], str]] = {
         bytes_by_tier,
         "Of the rank that sends most to other hosts. Hosts are consecutive ranks; the mesh, placement and ring.inner "
         "decide which collectives stay on one, and where links differ that decides more than the sum.",
+    ),
+    "what_fits": (
+        what_fits,
+        "The share of a GPU's memory that the fullest rank holds, with what a process holds before it begins, on the "
+        "strategy's best mesh of those asked. Hatched in red: out of memory; grey: not possible, or not asked.",
     ),
     "longest_that_fits": (
         longest_that_fits,

@@ -61,6 +61,17 @@ def line(ours: pd.Series, theirs: pd.Series, among: Sequence[Key]) -> dict:
     }
 
 
+def notes(lines: list[dict]) -> list[str]:
+    """What is to be known of a peer's rows, and of which, if not of all."""
+    said = []
+    for peer, note in dict.fromkeys((line["theirs"], line["said"]) for line in lines if line["said"]):
+        of_peer = [line for line in lines if line["theirs"] == peer]
+        of = [line["setting"] for line in of_peer if line["said"] == note]
+        where_it_holds = "" if len(of) == len(of_peer) else f" ({'; '.join(of)})"
+        said.append(f"{peer}{where_it_holds}: {note}.")
+    return said
+
+
 def verdict(lines: list[dict]) -> list[str]:
     """For each peer, how its pairs ended, in a sentence."""
     said = []

@@ -45,6 +45,11 @@ class Sweep:
         """The rows of steps that ended well."""
         return self.rows[(self.rows.status == "ok") & ~self.rows.workload.isin(OF_A_MACHINE)]
 
+    @property
+    def steps(self) -> pd.DataFrame:
+        """Beside these the rows that were out of memory."""
+        return self.rows[self.rows.status.isin(["ok", "oom"]) & ~self.rows.workload.isin(OF_A_MACHINE)]
+
     def measured(self, workload: str) -> dict[str, list[dict]]:
         """run_id -> what was measured of a machine, by this workload."""
         return {run_id: lines for run_id, lines in self.series.items() if self.configs[run_id].workload == workload}
@@ -128,11 +133,22 @@ def read_csv(folder: Path, problems: list[str]) -> list[dict]:
     except (OSError, ValueError) as error:
         problems.append(f"{file}: not a table ({str(error).splitlines()[0]})")
         return []
+    rows = rows.join(as_commanded(rows))
     sizes = [key.column for key in keys().values() if key.path.startswith("model.") and key.default == MISSING]
     said = list(rows.columns.intersection(sizes))
-    if said:  # older rows do not say them
+    if said and "model" in rows:  # older rows do not say them
         rows[said] = rows[said].fillna(rows.groupby("model")[said].transform("first"))
     return rows.where(rows.notna(), None).to_dict("records")
+
+
+def as_commanded(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of keys that had no column yet when the rows were written, what their commands say."""
+    if "command" not in rows:
+        return pd.DataFrame(index=rows.index)
+    said = [dict(word.split("=", 1) for word in str(line).split() if "=" in word) for line in rows.command]
+    found = pd.DataFrame(said, rows.index, dtype=object)
+    absent = {key.path: key.column for key in keys().values() if key.column not in rows and key.path in found}
+    return found[list(absent)].map(lambda word: int(word) if str(word).isdecimal() else word).rename(columns=absent)
 
 
 def read_comm(file: Path, problems: list[str]) -> list[dict] | None:

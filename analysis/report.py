@@ -12,25 +12,29 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis import UserError, sources, symbols
+from analysis import UserError, fits, sources, symbols
 from analysis.accounts import account_of, none_of, predicted
 from analysis.accounts.comparison import PHASES, compared
 from analysis.accounts.letters import Letters
 from analysis.accounts.sent import SHORT, Sent, total
+from analysis.answers import answers
+from analysis.examples import purest
 from analysis.looks import colour
 from analysis.measured import Pair, foretold
 from analysis.mismatches import mismatches
-from analysis.plots import PLOTS, draw_all, front_of, longest, parity, save
-from analysis.race import race, verdict
+from analysis.plots import PLOTS, draw_all, parity, save
+from analysis.race import notes, race, verdict
 from analysis.reading import Sweep, load
 from analysis.table import written
 from analysis.templates import TEMPLATES
 from analysis.validate import PREDICTORS, coordinates, errors, told
 from conf import meshes
-from conf.columns import MIB, columns
+from conf.columns import Column, columns
 from conf.keys import Config
 from conf.labels import mesh
 from conf.series import summary
+
+EXAMPLES = 4  # that are named of rows with one reason
 
 
 def write(folder: Path) -> list[str]:
@@ -57,14 +61,16 @@ def write(folder: Path) -> list[str]:
         sweep=sweep,
         facts=facts(sweep),
         answers=answers(sweep),
-        shown=shown(sweep.ok),
+        fits=fits.longest(sweep),
+        shown=shown(sweep.steps),
         results=results(sweep),
         machine=of_machine(sweep),
         judged=judged(pairs) if pairs else [],
         parity=beside_each_other(pairs, target / "plots") if pairs else None,
         races=races,
         verdict=verdict(races),
-        comparisons=comparisons(audits),
+        race_notes=notes(races),
+        comparisons=comparisons(audits, sweep.ok),
         without_account=[none_of(name) for name in ours if name not in {a.strategy for a in audits}],
         pictures=pictures,
         left_out=left_out,
@@ -180,11 +186,12 @@ def with_analytic(sweep: Sweep, audits: list[Audit]) -> pd.DataFrame:
     return rows
 
 
-def comparisons(audits: list[Audit]) -> list[dict]:
+def comparisons(audits: list[Audit], rows: pd.DataFrame) -> list[dict]:
     """Per strategy: what was published, the derived formula, and one configuration's numbers, derived and counted."""
     found = []
     for strategy in dict.fromkeys(a.strategy for a in audits):
         of_this = [a for a in audits if a.strategy == strategy]
+        shown_of = purest(strategy, rows[rows.run_id.isin(a.run_id for a in of_this)])
         plain = symbols.rows_of(strategy)[0]
         lines = plain.account.of_block(plain.letters)
         found.append(
@@ -196,7 +203,7 @@ def comparisons(audits: list[Audit]) -> list[dict]:
                 "backward": symbols.collectives(lines, "backward", "optimizer"),
                 "activations": written(symbols.sent(plain, weights=False)),
                 "weights": written(symbols.sent(plain, weights=True)),
-                "example": max(of_this, key=lambda a: a.seq_len),
+                "example": next(a for a in of_this if a.run_id == shown_of.run_id),
                 "all_exact": not any(a.faults for a in of_this),
                 "number": len(of_this),
             }
@@ -225,89 +232,6 @@ def said(values: pd.Series) -> list[str]:
     return [text for text in map(str, values.dropna().unique()) if text]
 
 
-def answers(sweep: Sweep) -> list[str]:
-    """Which is fastest, which is smallest, which sends least, and what it would cost to choose otherwise."""
-    if sweep.ok.empty and sweep.series:
-        return [
-            f"How fast this machine does what a step consists of: python -m analysis calibrate {sweep.folder} fits a "
-            "cluster's clock to it."
-        ]
-    if sweep.ok.empty:
-        return ["Nothing was measured: no configuration ended well. The reasons are below."]
-    said = []
-    rows = longest(sweep.ok)
-    at = f"At seq_len={int(rows.seq_len.iloc[0]):,}"
-    split = rows.strategy != "single"
-    if rows[split].world_size.nunique() > 1:  # what differs in ranks is not to be compared
-        ranks = int(rows[split].world_size.max())
-        rows = rows[(rows.world_size == ranks) | ~split]
-        at += f" on {ranks:,} ranks"
-    timed = rows[rows.step_ms_median.notna()].sort_values("step_ms_median")
-    if len(timed):
-        split = timed[timed.strategy != "single"]
-        best = split.iloc[0] if len(split) else timed.iloc[0]
-        sentence = (
-            f"{at} the fastest is {best.label}: {best.step_ms_median:.1f} ms a step, {best.tokens_per_s:,.0f} tokens/s"
-        )
-        ties = split[(split.step_ms_p10 <= best.step_ms_p90) & (split.run_id != best.run_id)]
-        if len(ties):
-            names = ", ".join(ties.label.head(3)) + (f" and {len(ties) - 3} more" if len(ties) > 3 else "")
-            sentence += f"; no clear winner over {names}, whose p10 to p90 overlaps"
-        said.append(sentence + ".")
-        alone = timed[timed.strategy == "single"]
-        if len(alone) and alone.step_ms_median.iloc[0] < best.step_ms_median:
-            said.append(
-                f"One process with all cores needs {alone.step_ms_median.iloc[0]:.1f} ms: these ranks share one "
-                "machine's cores, so their times say what the strategies cost each other, not what more machines bring."
-            )
-    if rows.peak_bytes.notna().any():
-        small = rows.loc[rows.peak_bytes.idxmin()]
-        large = rows.loc[rows.peak_bytes.idxmax()]
-        said.append(
-            f"{at} the smallest is {small.label}: {size(small.peak_bytes)} on its fullest rank, of which "
-            f"{small.activation_bytes / small.peak_bytes:.0%} are activations; the largest is {large.label} with "
-            f"{size(large.peak_bytes)}."
-        )
-        if rows.capacity_bytes.notna().any():
-            fit, tight = (rows[rows.fits == word] for word in ("ok", "tight"))
-            said.append(
-                f"Of {len(rows)} configurations there, {len(fit) + len(tight)} fit into "
-                f"{size(rows.capacity_bytes.max())}, {len(tight)} of them with less than a tenth to spare."
-            )
-    senders = rows[rows.comm_bytes > 0].sort_values("comm_bytes")
-    if len(senders):
-        least, most = senders.iloc[0], senders.iloc[-1]
-        said.append(
-            f"{at} {least.label} sends least, {size(least.comm_bytes)} a step from its busiest rank, and {most.label} "
-            f"most, {size(most.comm_bytes)} ({most.comm_bytes / least.comm_bytes:.1f} times as much)."
-        )
-        fast = timed[timed.strategy != "single"]
-        if len(fast) and pd.notna(fast.iloc[0].comm_bytes_params):
-            f = fast.iloc[0]
-            said.append(
-                f"The fastest has to send {size(f.comm_bytes)}: {size(f.comm_bytes_params)} of weights and their "
-                f"gradients, the same at every length, and {size(f.comm_bytes_activations)} of activations, which grow "
-                "with the sequence."
-            )
-    if len(timed) > 1 and timed.peak_bytes.notna().all():
-        said.append(
-            f"Worth choosing between, since nothing is both faster and smaller: {', '.join(front_of(timed).label)}."
-        )
-    lost = sweep.rows[sweep.rows.status == "oom"]
-    if len(lost):
-        said.append(
-            f"Out of memory: {', '.join(f'{r.label} at {int(r.seq_len):,}' for _, r in lost.head(8).iterrows())}."
-        )
-    return said
-
-
-def size(n: float) -> str:
-    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if n >= unit:
-            return f"{n / unit:.2f} {name}"
-    return f"{n:.0f} B"
-
-
 @dataclass(frozen=True)
 class Shown:
     """A column of the page's table: the column of results.csv by which it sorts, its heading, and its cells' text."""
@@ -322,35 +246,41 @@ def spread(row: pd.Series) -> str:
     return f"{row.step_ms_p10:,.1f} to {row.step_ms_p90:,.1f}"
 
 
-def formula(row: pd.Series) -> str:
-    return "=" if row.comm_bytes == row.analytic_comm_bytes else f"{row.analytic_comm_bytes / MIB:,.2f}"
-
-
 OWN = {  # columns that this page alone shows, or shows in its own way
     "seq_len": ("seq_len", lambda row: f"{row.seq_len:,.0f}"),
     "step_ms_p10": ("p10 to p90", spread),
     "max_seq_len": ("longest", lambda row: f"{row.max_seq_len:,.0f}"),
-    "analytic_comm_bytes": ("formula", formula),
     "loss_last": ("loss", lambda row: f"{row.loss_last:.4f}"),
 }
 
 
 def shown(rows: pd.DataFrame) -> list[Shown]:
     """The columns that have a heading, and a value in some row."""
-    found = []
-    for column in columns():
+    found, lines = [], rows.to_dict("records")
+    for column in (column.over(lines) for column in columns() if column.head or column.name in (*OWN, FORMULA)):
         head, text = OWN.get(column.name, (column.head, column.text))
-        if head and rows[column.name].notna().any():
+        if column.name == FORMULA:
+            head, text = "formula", formula(column)
+        if rows[column.name].replace("", None).notna().any():
             found.append(Shown(column.name, head, column.says, text))
     return found
 
 
+FORMULA = "analytic_comm_bytes"
+
+
+def formula(column: Column) -> Callable[[pd.Series], str]:
+    return lambda row: "=" if row.comm_bytes == row[FORMULA] else column.text(row)
+
+
 def results(sweep: Sweep) -> list[dict]:
-    """The rows of the table."""
+    """The rows of the table; what was out of memory and what is wrong are marked."""
     table = []
-    for _, row in sweep.ok.iterrows():
+    for _, row in sweep.steps.iterrows():
         name = row.label if mesh(row) in row.label else f"{row.label} {mesh(row)}"
-        table.append({"row": row, "name": name, "colour": colour(row.strategy)})
+        mark = "out of memory" if row.status == "oom" else "wrong" if row.reason.startswith("wrong") else ""
+        looks = {"colour": colour(row.strategy), "peer": row.strategy in meshes.PEERS}
+        table.append({"row": row, "name": name, "mark": mark, **looks})
     return table
 
 
@@ -365,9 +295,11 @@ def of_machine(sweep: Sweep) -> list[dict]:
 
 
 def failures(sweep: Sweep) -> list[dict]:
-    """Rows that did not end well, those with the same reason together."""
-    lost = sweep.rows[sweep.rows.status != "ok"]
+    """Rows that did not end well, those with the same reason together; not those whose memory the results have."""
+    lost = sweep.rows[(sweep.rows.status != "ok") & ~((sweep.rows.status == "oom") & sweep.rows.peak_bytes.notna())]
     groups = []
     for (status, reason), part in lost.groupby(["status", "reason"], sort=False):
-        groups.append({"status": status, "reason": reason, "number": len(part), "labels": list(part.label)[:4]})
+        labels = list(dict.fromkeys(part.label))
+        few = [*labels[:EXAMPLES], *([f"and {len(labels) - EXAMPLES} more"] if len(labels) > EXAMPLES else [])]
+        groups.append({"status": status, "reason": reason, "number": len(part), "labels": few})
     return groups

@@ -23,11 +23,13 @@ from analysis import UserError
 from analysis.accounts import account_of
 from analysis.accounts.letters import Letters
 from analysis.accounts.sent import SHORT, total
+from analysis.examples import purest
 from analysis.looks import colour
 from analysis.reading import Sweep
 from analysis.templates import TEMPLATES
 from conf.columns import described
 from conf.labels import mesh
+from conf.sizes import size
 
 ROOT = Path(__file__).parents[1]
 IN_ATTENTION = ("attention", "core_attention", "inner_attention", "through_heads", "send_heads")
@@ -147,13 +149,6 @@ class Column:
     sections: dict[str, list[Part]]
 
 
-def size(n: float) -> str:
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if n >= unit:
-            return f"{n / unit:.3g} {name}"
-    return f"{n:.0f} B"
-
-
 def column(strategy: str, sweep: Sweep | None) -> Column:
     path = f"strategies/{strategy}.py"
     own = module(path)
@@ -205,8 +200,7 @@ def measured_row(strategy: str, sweep: Sweep) -> pd.Series | None:
     if rows.empty:
         return None
     plain = rows[(rows.zero_stage == 3) & (rows.recompute == "none")]
-    rows = rows if plain.empty else plain
-    return rows.loc[rows.seq_len.idxmax()]
+    return purest(strategy, rows if plain.empty else plain)
 
 
 def counted(path: str, row: pd.Series, sweep: Sweep) -> tuple[dict, list, str]:

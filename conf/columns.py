@@ -4,8 +4,8 @@ record.json, results.csv, the terminal's table and the report's are made from th
 columns too (conf/keys.py); here is what is measured, and who measured it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from statistics import median
 from typing import Any
 
@@ -13,6 +13,7 @@ from conf import tiers
 from conf.clock import COLLECTIVES
 from conf.keys import MISSING, OF_A_MACHINE, Config, keys, plain, section_in
 from conf.measurement import NOISY, Entry, Host, Measured, Predicted, percentile, worst
+from conf.sizes import unit
 
 COMM_COLUMNS = [entry.name for entry in fields(Entry) if entry.name != "weights"]
 MIB = 2**20
@@ -24,9 +25,9 @@ class Column:
     """A column of results.csv and a field of record.json.
 
     of: its value in what was measured; None where somebody else writes it. head: its heading where tables show it, in
-    units of `scale`, as `form` has it; in_terminal: there too, or in the report alone. timed: it needs a clock. in_csv:
-    or in record.json alone. doubt: the column that is true where this value is to be shown as ~value. holds: the type
-    of its value, where it has one.
+    units of `scale`, as `form` has it (of bytes `over` says which); in_terminal: there too, or in the report alone.
+    timed: it needs a clock. in_csv: or in record.json alone. doubt: the column that is true where this value is to be
+    shown as ~value. holds: the type of its value, where it has one.
     """
 
     name: str
@@ -49,6 +50,14 @@ class Column:
             return ""
         doubted = str(row.get(self.doubt)) == "True"
         return "~" * doubted + self.form.format(value / self.scale if self.scale != 1 else value)
+
+    def over(self, rows: Iterable[Mapping]) -> "Column":
+        """The same in a table of these rows: bytes in the unit in which most of them are read."""
+        values = [value for row in rows if (value := row.get(self.name)) and value == value] if self.unit == "B" else []
+        if not values:
+            return self
+        of, name = unit(median(values))
+        return replace(self, head=f"{self.head} {name}", scale=of, form=self.form if of == MIB else "{:,.2f}")
 
 
 def clock(
@@ -234,7 +243,7 @@ OF_A_STEP = [
         holds=dict,
     ),
     # Memory: of the fullest rank at its fullest moment. On CPU, what a kernel frees before it returns is not seen.
-    bytes_of("peak_bytes", "at most, the sum of its five parts", lambda m: m.fullest.peak.total, "peak MiB"),
+    bytes_of("peak_bytes", "at most, the sum of its five parts", lambda m: m.fullest.peak.total, "peak"),
     bytes_of("param_bytes", "of these, weights of this rank", lambda m: m.fullest.peak.params),
     bytes_of("grad_bytes", "their gradients", lambda m: m.fullest.peak.grads),
     bytes_of("optimizer_bytes", "the optimizer's state", lambda m: m.fullest.peak.optimizer),
@@ -242,7 +251,7 @@ OF_A_STEP = [
         "activation_bytes",
         "kept from forward for backward",
         lambda m: m.fullest.peak.activations,
-        "activations MiB",
+        "activations",
         in_terminal=False,
     ),
     bytes_of("other_bytes", "gathered weights, buffers, the batch", lambda m: m.fullest.peak.other),
@@ -258,7 +267,7 @@ OF_A_STEP = [
     Column("fits", "", "peak and context: ok, tight (over 90 % of the capacity) or oom", fits, "fits", "{}", holds=str),
     Column("max_seq_len", "tokens", "of search=max_seq_len: the longest that fits", head="longest", form="{:,}"),
     # Bytes sent: of the busiest rank in a step, by the bandwidth-optimal algorithm of each collective.
-    bytes_of("comm_bytes", "in all, the sum of comm.csv", lambda m: m.sent(), "sent MiB", "{:,.2f}"),
+    bytes_of("comm_bytes", "in all, the sum of comm.csv", lambda m: m.sent(), "sent", "{:,.2f}"),
     bytes_of("comm_bytes_forward", "in forward", lambda m: m.sent("forward")),
     bytes_of("comm_bytes_backward", "in backward, recomputation included", lambda m: m.sent("backward", "recompute")),
     bytes_of("comm_bytes_optimizer", "by the optimizer", lambda m: m.sent("optimizer")),

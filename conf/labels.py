@@ -15,7 +15,7 @@ from conf.meshes import AXES
 
 Row = Mapping[str, Any]
 SAID_ANYHOW = ("strategy.name", "world_size", "seq_len", *(f"mesh.{axis}" for axis in AXES))
-# What is undecided in a configuration that was refused before.
+# What is undecided in a configuration that was refused before; as are keys that its version did not know.
 FILLED = ("attention.kernel", "model.head_dim", "launch.ranks_per_host", "grad_dtype")
 
 
@@ -66,8 +66,8 @@ def alternatives(rows: Sequence[Row], key: Key) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for row in rows:
         value = text(row.get(key.column))
-        undecided = resolved and key.path in FILLED and row.get("status") == "invalid" and value in ("", "auto")
-        if not undecided:
+        undecided = key.column not in row or (key.path in FILLED and value in ("", "auto"))
+        if not (resolved and row.get("status") == "invalid" and undecided):
             found.setdefault("" if preset is key else text(row.get(preset.column)), set()).add(value)
     return found
 

@@ -31,6 +31,7 @@ from conf.labels import mesh
 from conf.meshes import PEERS, STRATEGIES
 from conf.resolve import resolve
 from conf.series import SERIES
+from conf.sizes import size
 from conf.words import Invalid
 from tests.jobs import job
 
@@ -468,8 +469,8 @@ def test_scaling_exposed_communication_and_the_end_of_memory_are_drawn_where_the
             (sweep / other["run_id"] / "record.json").write_text(json.dumps(other))
     figures, left_out = draw_all(load(sweep))
     assert {"strong_scaling", "weak_scaling", "exposed"} <= figures.keys()
-    several = ["Where a predicted step goes", "Bytes against balance"]
-    absent = ["Ulysses x ring", "The longest sequence that fits", *several]
+    several = ["The longest sequence that fits", "Where a predicted step goes", "Bytes against balance"]
+    absent = ["Ulysses x ring", "Bytes by link tier", *several]
     assert [sentence.partition(":")[0] for sentence in left_out] == absent
     texts = [text.get_text() for axes in figures["time_and_throughput"].axes for text in axes.texts]
     assert "out of memory" in texts
@@ -580,7 +581,7 @@ def test_the_gutter_shows_the_bytes_of_comm_csv(browser, pages):
     )
     per_block = sent / record["config"]["model"]["n_layers"]
     row = page.locator("[data-strategy=ulysses] .row.sends", has_text="arriving_q = start_all_to_all(q").first
-    assert f"→ A2A {per_block / 1e3:.3g} kB" in row.inner_text()
+    assert f"→ A2A {size(per_block)}" in row.inner_text()
     page.close()
 
 

@@ -11,14 +11,14 @@ from rich.table import Table
 from bench.app import records
 from bench.app.launchers import Launch
 from bench.app.records import Row
-from bench.app.row import gib
 from bench.ranks.task import Outcome, Task
-from conf.columns import MEASURED
+from conf.columns import MEASURED, Column
 from conf.groups import written
 from conf.keys import OF_A_MACHINE, Key
 from conf.labels import swept, text, title, where
 from conf.measurement import NOISY
 from conf.series import read, summary
+from conf.sizes import size
 
 console = Console(width=None if sys.stdout.isatty() else 160, soft_wrap=True, highlight=False, markup=False)
 
@@ -49,20 +49,19 @@ def outcome_line(row: Row) -> str:
     if row["workload"] in OF_A_MACHINE:
         return f"timed, in {row['mode_seconds']:.0f} s{kept}"
     if row.get("step_ms_median") is None:
-        return f"{gib(row['peak_bytes'])} at most on a rank, {row['comm_bytes'] / 2**20:,.1f} MiB sent{kept}"
+        return f"{size(row['peak_bytes'])} at most on a rank, {size(row['comm_bytes'])} sent{kept}"
     return f"{row['step_ms_median']:.1f} ms a step{kept}"
 
 
-def cells(row: Row, among: Sequence[Key]) -> dict[str, str]:
+def cells(row: Row, among: Sequence[Key], shown: Sequence[Column]) -> dict[str, str]:
     """What the table says of a row, by heading."""
     found = {"strategy": row["strategy"], "mesh": where(row), "seq_len": text(row["seq_len"])}
     found |= {written(key.path): text(row.get(key.column)) for key in among}
     found[""] = row["status"] if row["status"] != "ok" else ""
-    for column in MEASURED:
-        if column.head and column.in_terminal:
-            found[column.head] = column.text(row)
-            if column.name == "peak_bytes" and row.get("peak_bytes") and row.get("capacity_bytes"):
-                found["of memory"] = f"{(row['peak_bytes'] + row['context_bytes']) / row['capacity_bytes']:.0%}"
+    for column in shown:
+        found[column.head] = column.text(row)
+        if column.name == "peak_bytes" and row.get("peak_bytes") and row.get("capacity_bytes"):
+            found["of memory"] = f"{(row['peak_bytes'] + row['context_bytes']) / row['capacity_bytes']:.0%}"
     if row.get("losses"):
         ends = (row["losses"][0], row["losses"][-1])
         found["loss"] = " → ".join("not finite" if loss is None else f"{loss:.4f}" for loss in ends)
@@ -84,7 +83,8 @@ def print_table(rows: list[Row], name: str) -> None:
     """One line a row: its strategy, mesh and length, what was swept, and the columns that some row has a value for."""
     among = swept(rows)
     table = Table(title=f"sweep {name}" if len(rows) > 1 else None, title_justify="left")
-    lines = [cells(row, among) for row in rows]
+    shown = [column.over(rows) for column in MEASURED if column.head and column.in_terminal]
+    lines = [cells(row, among, shown) for row in rows]
     heads = [head for head in dict.fromkeys(head for line in lines for head in line) if any(x.get(head) for x in lines)]
     for head in heads:
         table.add_column(head, justify="left" if head in ("strategy", "mesh") else "right")
