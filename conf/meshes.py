@@ -263,7 +263,7 @@ def fix(config: Config) -> list[str]:
     for path, value in footing_of(name).fixed.items():
         key = keys()[path]
         if key.of(config) not in (value, key.default):
-            notes.append(f"{name} has {path}={value} alone")
+            notes.append(f"{name} has {path}={str(value).lower()} alone")
         key.put(config, value)
     return notes
 
