@@ -53,11 +53,11 @@ def unlike_ranks(config: Config) -> list[int]:
 def ends_of_ring(config: Config) -> set[int]:
     """Places on the ring: the last one, but if keys wait for queries or go around rings inside rings, either end.
 
-    Of a grid the last row and the first column, whose keys come first.
+    Of a grid the last row's first column computes most, for its keys come first; how tiles lie decides who holds most.
     """
     ring, inner = config.mesh.ring or 1, config.ring.inner
     if config.strategy.name == "mesh_attention":
-        return {ring - (inner or 1)}
+        return {0, ring - (inner or 1), ring - 1}
     ends = {0, ring - 1} if config.ring.backward == "q" or inner else {ring - 1}
     return ends | ({inner - 1, ring - inner} if inner else set())
 
