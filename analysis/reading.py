@@ -84,9 +84,9 @@ def load(folder: Path) -> Sweep:
     counted = [run_id for run_id, record in records.items() if record.get("comm_bytes") is not None]
     lines = {run_id: read_comm(folder / run_id / "comm.csv", problems) for run_id in counted}
     comm = {run_id: entries for run_id, entries in lines.items() if entries is not None}
-    return Sweep(
-        folder, table_of(found), records, configs, comm, read_series(folder, records, configs, problems), problems
-    )
+    with pd.option_context("mode.string_storage", "python"):  # Arrow's hold no halves of characters, which a path may
+        rows = table_of(found)
+    return Sweep(folder, rows, records, configs, comm, read_series(folder, records, configs, problems), problems)
 
 
 def table_of(found: list[dict]) -> pd.DataFrame:

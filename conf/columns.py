@@ -296,6 +296,16 @@ OF_A_STEP = [
         lambda m: max(m.errors.values(), key=worst, default=None),
     ),
     Column("losses", "nats", "of every step", lambda m: m.first.losses, in_csv=False, holds=SERIES),
+    Column("steps_ms", "ms", "each timed step", lambda m: m.steps_ms, timed=True, in_csv=False, holds=SERIES),
+    Column(
+        "steps_bytes",
+        "B",
+        "of every step, on the fullest rank: CUDA's allocator at most, or what the process has resident after it",
+        lambda m: m.steps_bytes,
+        timed=True,
+        in_csv=False,
+        holds=SERIES,
+    ),
     Column("errors", "", "of the output and each gradient", lambda m: m.errors, in_csv=False, holds=dict),
     Column("round_ms", "ms", "a step, of each round", lambda m: m.round_ms, timed=True, in_csv=False, holds=SERIES),
 ]

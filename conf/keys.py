@@ -396,6 +396,12 @@ class Config:
     timeout_s: float = key(600.0, "for the whole configuration", above=0, most=7 * 24 * 3600)
     launch: LaunchConfig = section(LaunchConfig, "where ranks run")
     save_path: str | None = key(None, "a folder for the trained weights, in Hugging Face's format")
+    log: str = key(
+        "none",
+        "each row as a run of tensorboard, wandb (offline) or mlflow too, in its sweep's folder",
+        choices=("none", "tensorboard", "wandb", "mlflow"),
+        identity=False,
+    )
     name: str = key("default", "results go to runs/<name>/", identity=False)
     rerun: str = key(
         "none",

@@ -147,6 +147,9 @@ class Rank:
     token_shares: list[float] = field(default_factory=list)  # of the labels that count in a step, this rank's
     labels: float = 0.0  # how many the first step has, those that come often counting for more (1 / sum of p^2)
     steps: list[Step] = field(default_factory=list)
+    held: list[int] = field(
+        default_factory=list
+    )  # bytes, of every step: at most by CUDA's allocator, or resident after it
     ideal: list[float] = field(
         default_factory=list
     )  # of workload=attention, ms: a perfect division of one process' time
@@ -235,6 +238,14 @@ class Measured:
         """Of each rank, the median over its steps."""
         ranks = range(len(self.ranks))
         return [median(step.cpu for each in self.rounds for step in each.ranks[rank].steps) for rank in ranks]
+
+    @property
+    def steps_ms(self) -> list[float]:
+        return slowest(self.ranks, "step")
+
+    @property
+    def steps_bytes(self) -> list[int]:
+        return [max(of_ranks) for of_ranks in zip(*(rank.held for rank in self.ranks), strict=True)]
 
     @property
     def round_ms(self) -> list[float]:

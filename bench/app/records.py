@@ -19,7 +19,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from bench.app import turns
+from bench.app import parquet, turns
 from conf import recorded
 from conf.columns import COMM_COLUMNS, csv_columns
 from conf.files import FileFault, check_writable, status
@@ -31,7 +31,7 @@ from conf.series import SERIES
 ROOT = Path(__file__).parents[2]
 RUNS = Path("runs")
 Row = dict[str, Any]
-STRAYS = ("results.tmp", "*/record.tmp", "*/comm.tmp", *(f"*/{workload}.tmp" for workload in SERIES))
+STRAYS = ("results*.tmp", "*/record*.tmp", "*/comm*.tmp", *(f"*/{workload}*.tmp" for workload in SERIES))
 saving = threading.Lock()  # simulated configurations run several at a time
 
 
@@ -55,7 +55,7 @@ def opened(folder: Path, shared: bool, say: Callable[[str], None]) -> Iterator[N
                 if (fault := damage(file)) is not None:
                     say(f"{fault}; it is now {set_aside(file)}, and its configuration runs again")
             if rows := load_all(folder):
-                replace({folder / "results.csv": table(csv_columns(), rows)})
+                replace(tables(folder, rows))
         yield
 
 
@@ -81,11 +81,20 @@ def save(
             {
                 **{target / name: text for name, text in beside.items()},
                 target / "record.json": text + "\n",
-                folder / "results.csv": table(csv_columns(), by_age(rows)),
+                **tables(folder, by_age(rows)),
             }
         )
         for each in gone - {row["run_id"]}:
             shutil.rmtree(folder / each, ignore_errors=True)
+
+
+def tables(folder: Path, rows: list[Row]) -> dict[Path, str | bytes]:
+    """A sweep's rows in one, as CSV and, where that can be written, as Parquet."""
+    as_csv: dict[Path, str | bytes] = {folder / "results.csv": table(csv_columns(), rows)}
+    if not parquet.available():
+        return as_csv
+    cells = [{name: printable(value) for name, value in row.items()} for row in rows]
+    return as_csv | {folder / parquet.NAME: parquet.parquet(cells)}
 
 
 @contextmanager
@@ -175,13 +184,13 @@ def printable(value: Any) -> Any:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in value)
 
 
-def replace(texts: Mapping[Path, str]) -> None:
+def replace(texts: Mapping[Path, str | bytes]) -> None:
     """Write all of these files, or if there is no room for one of them none."""
-    temporary = {file: file.with_suffix(".tmp") for file in texts}
+    temporary = {file: file.with_suffix(f"{file.suffix}.tmp") for file in texts}
     try:
         for file, text in texts.items():
-            with open(temporary[file], "w", encoding="utf-8", newline="") as out:
-                out.write(text)
+            with open(temporary[file], "wb") as out:
+                out.write(text if isinstance(text, bytes) else text.encode())
                 out.flush()
                 os.fsync(out.fileno())  # a quota, or a server's disk, may be found full only now
         for file in texts:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
-from bench.app import records
+from bench.app import logs, records
 from bench.app.interrupts import leave
 from bench.app.job import Job
 from bench.app.launchers import Launch, launching
@@ -27,6 +27,7 @@ def run_one(job: Job) -> Row:
     """A single run always measures."""
     with in_turn([job]) as launch:
         row = run(job, "all", watched(launch, "", []))
+        log(row)
     if row["status"] == "ok":
         print_table([row], job.config.name)
     else:
@@ -49,6 +50,7 @@ def run_part(jobs: list[Job]) -> list[Row]:
         with in_turn(jobs) as launch:
             for i, row in (simulate_each if simulated(jobs) else run_each)(jobs, launch):
                 done[i] = row
+                log(row)
     except (KeyboardInterrupt, HostLost, records.Unwritable) as error:
         there = f"{len(done)} of {len(jobs)} rows are in {records.RUNS / name}"
         console.print(f"{str(error) or 'interrupted'}: {there}; the same command again goes on from there")
@@ -62,13 +64,20 @@ def run_part(jobs: list[Job]) -> list[Row]:
 def in_turn(jobs: Sequence[Job]) -> Iterator[Launch]:
     """What launches these jobs, as long as it is this command's turn to write their rows."""
 
-    def said(sentence: str) -> None:
-        console.print(sentence, style="red")
-
+    logs.check(job.config for job in jobs)
     with launching(jobs[0].config) as launch, ExitStack() as folders:
         for name in sorted({job.config.name for job in jobs}):
-            folders.enter_context(records.opened(records.RUNS / name, simulated(jobs), said))
+            folders.enter_context(records.opened(records.RUNS / name, simulated(jobs), fault))
         yield launch
+
+
+def log(row: Row) -> None:
+    if (sentence := logs.logged(row, records.RUNS / row["name"])) is not None:
+        fault(sentence)
+
+
+def fault(sentence: str) -> None:
+    console.print(sentence, style="red")
 
 
 def simulated(jobs: Sequence[Job]) -> bool:

@@ -21,6 +21,7 @@ import torch._dynamo  # FSDP2 imports it when first used: better once in the ser
 import torch.distributed as dist
 
 from bench.instruments import machine
+from bench.instruments.held import Held
 from bench.instruments.instrument import replaced
 from bench.instruments.memory import MemoryLog
 from bench.instruments.observe import Observed, observe
@@ -158,18 +159,16 @@ def run_steps(task: Task, progress: Callable[[str], None]) -> Rank:
     made_up = config.mode != "real" or task.silent  # what others would have sent, and so the loss
     rank = dist.get_rank() if dist.is_initialized() else 0
     workload, batches_of = build(config)
-    watch = Stopwatch(config.device)
+    watch, held = Stopwatch(config.device), Held(config.device)
     shares: list[torch.Tensor] = []
     token_shares: list[float] = []
     labels = 0.0
     total = config.warmup + config.steps
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
     for step in range(total):
         batches = batches_of(step)
         if config.world_size > 1:
             dist.barrier()
-        with replaced(waiting, "around", watch.aside), watch.step():
+        with held.step(), replaced(waiting, "around", watch.aside), watch.step():
             results = run_step(workload, batches, watch.lap)
         if isinstance(workload, AttentionAlone):
             workload.time_the_whole()
@@ -178,14 +177,14 @@ def run_steps(task: Task, progress: Callable[[str], None]) -> Rank:
             token_shares.append(sum(batch.share for batch in batches))
             labels = labels or min((batch.labels_by_weight() for batch in batches if batch.n_own), default=0)
         progress(f"step {step + 1}/{total}")
-    found: dict[str, Any] = {"steps": watch.steps()[config.warmup :]}
+    found: dict[str, Any] = {"steps": watch.steps()[config.warmup :], "held": held.by_step}
     if isinstance(workload, AttentionAlone):
         found["ideal"] = workload.ideal_ms()[config.warmup :]
     elif not made_up:
         found["losses"] = workload.global_loss(torch.stack(shares))
         found |= {"loss_shares": torch.stack(shares).tolist(), "token_shares": token_shares, "labels": labels}
-    allocated = torch.cuda.max_memory_allocated() if on_gpu else None
-    found["reserved"] = torch.cuda.max_memory_reserved() if on_gpu else None
+    held.look()
+    found["reserved"] = held.reserved if on_gpu else None
     if isinstance(workload, Training) and config.save_path is not None and not made_up:
         save(workload, config, rank)
     if config.profile and not task.silent:
@@ -195,9 +194,9 @@ def run_steps(task: Task, progress: Callable[[str], None]) -> Rank:
     progress("counting")
     observed = observe(workload, batches, MemoryLog(config.device, workload.state()))
     counted = measured(observed, device_name=device_name(config), **found)
-    if allocated is not None:  # the real allocator's peak includes what kernels take inside themselves
+    if on_gpu:  # the real allocator's peak includes what kernels take inside themselves
         peak = counted.peak
-        counted.peak = replace(peak, total=allocated, other=peak.other + allocated - peak.total)
+        counted.peak = replace(peak, total=held.allocated, other=peak.other + held.allocated - peak.total)
     return counted
 
 
