@@ -9,7 +9,7 @@ cd "$(dirname "$0")"
 
 set_up() {
     local python=${PYTHON:-python3} stamp
-    stamp=$(cat pyproject.toml <("$python" --version) | sha256sum | cut -d' ' -f1)
+    stamp=$(cat pyproject.toml <("$python" --version) | cksum)
     if [ "$(cat .venv/installed 2>/dev/null)" != "$stamp" ]; then
         "$python" -c 'import sys; sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: set PYTHON") if sys.version_info < (3, 11) else None'
         echo "installing into .venv (once) ..."
@@ -47,16 +47,20 @@ case "${1:-quickstart}" in
         ;;
     test)
         set_up
-        if [ "${2:-}" = faults ]; then
-            exec python -m tests.faults.campaign "${@:3}"
+        shift
+        if [ "${1:-}" = faults ]; then
+            shift
+            exec python -m tests.faults.campaign "$@"
         fi
         find_browser
         ruff check .
         ruff format --check .
         mypy
-        arguments=("${@:2}")
-        if [ "${2:-}" = quick ]; then arguments=(--quick "${@:3}"); fi
-        python -m pytest -n auto --maxprocesses 4 --dist worksteal "${arguments[@]}"
+        if [ "${1:-}" = quick ]; then
+            shift
+            set -- --quick "$@"  # no array: macOS' bash takes an empty one for an unset name
+        fi
+        python -m pytest -n auto --maxprocesses 4 --dist worksteal "$@"
         ;;
     gpu)
         failed=0

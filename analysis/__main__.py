@@ -6,7 +6,7 @@ from pathlib import Path
 
 from analysis import UserError
 
-SOURCES_FROM = (Path("runs/quickstart"), Path("runs/reference/quickstart"))
+SOURCES_FROM = Path("runs/quickstart")  # the bytes beside sources, where nothing else is said
 FORMATS = ("text", "markdown", "latex", "csv")
 
 
@@ -30,8 +30,13 @@ def parser() -> argparse.ArgumentParser:
 
     sources = commands.add_parser("sources", help="strategies side by side, with the bytes that each line sent")
     sources.add_argument("strategies", nargs="+", metavar="STRATEGY")
-    sources.add_argument("--run", type=Path, metavar="runs/NAME", help="the sweep whose comm.csv gives the bytes")
-    sources.add_argument("--out", type=Path, metavar="FILE", help="default: the run's report/sources.html")
+    sources.add_argument(
+        "--run",
+        type=Path,
+        metavar="runs/NAME",
+        help=f"the sweep whose comm.csv gives the bytes; default: {SOURCES_FROM}, if it is there",
+    )
+    sources.add_argument("--out", type=Path, metavar="FILE", help="default: runs/sources/STRATEGY-STRATEGY.html")
 
     compare = commands.add_parser("compare", help="two sweeps of the same configurations: faster, slower, bigger")
     compare.add_argument("a", type=Path, metavar="runs/A")
@@ -159,8 +164,8 @@ def answer(arguments: argparse.Namespace) -> tuple[object, list[str]]:
         return arguments.folder / "report" / "index.html", report.write(arguments.folder)
     from analysis import reading, sources
 
-    measured = arguments.run or next((run for run in SOURCES_FROM if run.is_dir()), None)
-    out = arguments.out or (measured / "report" if measured else Path("runs")) / "sources.html"
+    measured = arguments.run or (SOURCES_FROM if any(SOURCES_FROM.glob("*/comm.csv")) else None)
+    out = arguments.out or Path("runs/sources", f"{'-'.join(arguments.strategies)}.html")
     return sources.write(arguments.strategies, reading.load(measured) if measured else None, out), []
 
 

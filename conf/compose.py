@@ -97,6 +97,8 @@ def check_word(override: Override, values: list[Any]) -> None:
 
 def check_hydra(said: str) -> None:
     """Who launches and who sweeps can be chosen. Where Hydra writes, and which code it calls, cannot."""
+    if re.match(r"\+*hydra\.(run|sweep)\.", said):
+        raise Invalid(f"{said}: results go to runs/<name>/; name=mine would do")
     ours = re.match(r"\+*hydra(/(launcher|sweeper)(/\w+)*=\w+$|\.(launcher|sweeper)\.)", said)
     if not ours or re.search(r"_target_|custom_search_space|storage|temp_folder|\bname\b|\$\{", said):
         raise Invalid(f"{said}: of Hydra's own only hydra/launcher, hydra/sweeper and their keys can be chosen")
@@ -151,6 +153,7 @@ def config_of(composed: DictConfig) -> Config:
     check_known(values, schema())
     config = Config.of(values)
     check_name(config.name)
+    config.device = {"gpu": "cuda"}.get(config.device, config.device)
     return config
 
 

@@ -364,7 +364,7 @@ class Config:
     )
     warmup: int = key(2, "steps before them", least=0, most=MOST)
     seed: int = key(0, "of weights, of random tokens, and of attention's random q, k and v", least=0, most=2**63 - 1)
-    device: str = key("cpu", "cpu (gloo) | cuda (NCCL)", choices=("cpu", "cuda"))
+    device: str = key("cpu", "cpu (gloo) | cuda, or gpu (NCCL)", choices=("cpu", "cuda"))
     mode: str = key(
         "real",
         "real: every rank | emulate: one at a time, messages made up | simulate: shapes alone, of any size",

@@ -28,7 +28,15 @@ ALLOWED = {  # a folder -> the folders of this project that it may import, besid
     "bench/workloads": {"conf", "strategies", "strategies/ops", "models", "bench/instruments"},
     "bench/simulation": {"conf", "models", "strategies/ops", "bench/instruments", "bench/workloads"},
     "bench/ranks": {"conf", "models", "strategies/ops", "bench/instruments", "bench/workloads", "bench/simulation"},
-    "bench/app": {"conf", "models", "bench/workloads", "bench/simulation", "bench/ranks", "analysis"},
+    "bench/app": {
+        "conf",
+        "models",
+        "bench/instruments",
+        "bench/workloads",
+        "bench/simulation",
+        "bench/ranks",
+        "analysis",
+    },
     "analysis": {"conf"},
 }
 ONLY_FROM_ANALYSIS = {"analysis", "analysis.accounts"}  # the prediction that a row is printed beside, and its error

@@ -3,8 +3,10 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,7 +19,8 @@ from bench.app import records
 from bench.app import sweep as app
 from bench.app.row import resolved_here
 from conf.clock import COLLECTIVES
-from conf.columns import COMM_COLUMNS, csv_columns
+from conf.columns import COMM_COLUMNS, csv_columns, described
+from conf.compose import configuration
 from conf.keys import Config, run_id
 from conf.labels import labels
 from conf.meshes import names
@@ -172,6 +175,9 @@ MISUNDERSTOOD = {  # words -> how the one sentence begins; nothing runs
     "=5": "'=5' ",
     "seed": "'seed' is no key=value",
     "seq_len=64 -m sweep=nope": "sweep=nope is not one of ",
+    "hydra.run.dir=x": "hydra.run.dir=x: results go to runs/<name>/; name=mine would do",
+    "-m hydra.sweep.dir=x strategy=tp": "hydra.sweep.dir=x: results go to runs/<name>/; name=mine would do",
+    "--cfg job -m sweep=layouts": "-m runs a sweep, and the other options run nothing; python -m bench --cfg job",
 }
 
 
@@ -187,7 +193,7 @@ def test_what_cannot_be_meant_is_a_sentence_and_runs_nothing(words, tmp_path):
 def test_a_character_that_is_none_is_written_and_read(tmp_path):
     """A path with a byte that is no UTF-8: its row is there, and the next is written beside it."""
     for _ in range(2):
-        result = bench("data.path='/x\udcff'", cwd=tmp_path)
+        result = bench("-m", "data.path='/x\udcff'", cwd=tmp_path)
         assert (result.returncode, result.stderr) == (1, "")
         assert "no such file or folder" in result.stdout
     assert len((tmp_path / "runs" / "default" / "results.csv").read_text().splitlines()) == 2
@@ -250,7 +256,7 @@ def test_no_two_rows_have_one_name(tmp_path, monkeypatch):
 def test_a_row_that_was_refused_goes_when_its_configuration_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "RUNS", tmp_path)
     words = ["strategy=single", "world_size=1", f"data.path={tmp_path}/later.txt"]
-    assert app.run_one(job(*words))["status"] == "invalid"
+    assert app.run_all([job(*words)])[0]["status"] == "invalid"
     (tmp_path / "later.txt").write_text("words " * 100)
     assert app.run_one(job(*words))["status"] == "ok"
     assert [row["status"] for row in records.load_all(tmp_path / "default")] == ["ok"]
@@ -337,19 +343,70 @@ def test_a_single_run_is_a_row_that_its_command_reproduces(tmp_path):
     assert repeated["losses"] == record["losses"]
 
 
-def test_an_invalid_run_is_a_row_too(tmp_path):
+def test_a_single_run_that_cannot_begin_is_a_sentence_and_leaves_nothing(tmp_path):
     result = bench("strategy=tp_sp", "seq_len=511", cwd=tmp_path)
+    said = "bench: seq_len=511 must be a multiple of mesh.tp = 4; 508 or 512 would do\n"
+    assert (result.returncode, result.stdout, result.stderr) == (1, "", said)
+    assert not list(tmp_path.iterdir())
+
+
+def test_in_a_sweep_it_is_a_row_whose_reason_is_said_once(tmp_path):
+    """And without a success it ends with 1."""
+    result = bench("-m", "strategy=tp_sp,ulysses", "seq_len=511", cwd=tmp_path)
     assert result.returncode == 1
     with open(tmp_path / "runs" / "default" / "results.csv", newline="") as file:
-        (row,) = csv.DictReader(file)
-    assert row["status"] == "invalid"
-    assert row["reason"] == "seq_len=511 must be a multiple of mesh.tp = 4; 508 or 512 would do"
-    assert row["reason"] in result.stdout
+        rows = list(csv.DictReader(file))
+    assert [row["status"] for row in rows] == ["invalid", "invalid"]
+    assert rows[0]["reason"] == "seq_len=511 must be a multiple of mesh.tp = 4; 508 or 512 would do"
+    assert [result.stdout.count(row["reason"]) for row in rows] == [1, 1]
+    assert "left" not in result.stdout  # of the time, of which nothing is known
 
 
-def test_a_sweep_without_a_success_exits_with_1(tmp_path):
-    assert bench("-m", "strategy=tp_sp,ulysses", "seq_len=511", cwd=tmp_path).returncode == 1
-    assert len((tmp_path / "runs" / "default" / "results.csv").read_text().splitlines()) == 3
+def test_how_long_the_rest_takes_is_told_by_what_ran(tmp_path, monkeypatch):
+    """What is refused takes no time, and what ran says how much the others will; of the last nothing is left."""
+    monkeypatch.setattr(records, "RUNS", tmp_path)
+    slept = {"invalid": 0.0, "ok": 1.0}
+
+    def run(job, *_):
+        status = "invalid" if job.config.seq_len % 2 else "ok"
+        time.sleep(slept[status])
+        return {"run_id": "", "status": status, "reason": "", **described(job.config), "peak_bytes": 0, "comm_bytes": 0}
+
+    monkeypatch.setattr(app, "run", run)
+    monkeypatch.setattr(app, "cores", lambda: 1)
+    told = {  # lengths -> what the lines say that begin with a place: of a real run that began it is another's to say
+        ("simulate", (61, 63, 64, 66, 68)): [None, None, "2", "1", None],
+        ("real", (61, 64, 66, 63)): [None, "1"],
+    }
+    for (mode, lengths), left in told.items():
+        with app.console.capture() as captured:
+            app.run_part([job(f"mode={mode}", f"seq_len={n}") for n in lengths])
+        places = [re.match(r"\[\d/\d(, about (\d) s left)?\]", line) for line in captured.get().splitlines()]
+        assert [found[2] for found in places if found] == left
+
+
+def test_a_note_of_many_rows_is_said_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "RUNS", tmp_path)
+    with app.console.capture() as captured:
+        app.run_all([job("strategy=zero", "mode=simulate", f"seq_len={n}") for n in (64, 128, 256)])
+    (said,) = [line for line in captured.get().splitlines() if "without a sequence" in line]
+    assert said == "zero · dp=2 · seq_len=64 and 2 more: batch_size=1 leaves 1 of mesh.dp=2 without a sequence"
+
+
+def test_a_gpu_is_called_cuda_here():
+    assert configuration(["device=gpu"]) == configuration(["device=cuda"])
+
+
+def test_sources_leave_the_pages_of_reports_alone(tmp_path):
+    page = tmp_path / "runs" / "quickstart" / "report" / "sources.html"
+    page.parent.mkdir(parents=True)
+    page.write_text("the report's")
+    command = [sys.executable, "-m", "analysis", "sources", "tp_sp", "ulysses"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout == "runs/sources/tp_sp-ulysses.html\n"
+    assert (tmp_path / "runs" / "sources" / "tp_sp-ulysses.html").exists()
+    assert page.read_text() == "the report's"
 
 
 def test_attention_alone_is_a_row(tmp_path, monkeypatch):
@@ -410,11 +467,15 @@ def test_a_gradient_that_is_zero_is_not_called_wrong(tmp_path, monkeypatch, layo
     assert row["relative_error"] < 1e-5
 
 
-def test_a_profile_shows_what_was_in_flight(tmp_path, monkeypatch):
+def test_a_profile_shows_what_was_in_flight(tmp_path, monkeypatch, capfd):
     """A trace of every rank, whose lanes of communication hold every collective, with a duration."""
     monkeypatch.setattr(records, "RUNS", tmp_path)
-    row = app.run_one(job("strategy=ring", "profile=true", "data=random"))
-    traces = sorted((tmp_path / "default" / row["run_id"]).glob("trace_rank*.json"))
+    with app.console.capture() as captured:
+        row = app.run_one(job("strategy=ring", "profile=true", "data=random"))
+    folder = tmp_path / "default" / row["run_id"]
+    assert f"{folder}/trace_rank*.json: " in captured.get()
+    assert capfd.readouterr().err == ""  # nor what the profiler says of itself
+    traces = sorted(folder.glob("trace_rank*.json"))
     assert len(traces) == row["world_size"]
     for file in traces:
         events = json.loads(file.read_text())["traceEvents"]

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from bench.instruments import machine
+from bench.instruments.capacity import cores
 from conf.columns import measured
 from conf.keys import LaunchConfig
 from conf.measurement import Host, Measured, Peak, Rank, Round
@@ -63,7 +64,7 @@ def test_a_host_whose_driver_fails_has_no_gpus(nvidia_smi, script):
     nvidia_smi(script)
     host = machine.this_host.__wrapped__()
     assert (host.gpus, host.driver, host.links) == ([], None, {})
-    assert (host.name, host.cores) == (socket.gethostname(), len(os.sched_getaffinity(0)))
+    assert (host.name, host.cores) == (socket.gethostname(), cores())
 
 
 def test_facts_of_a_moment_are_of_that_moment():

@@ -83,7 +83,7 @@ def test_a_requeued_job_goes_on_where_it_was(cluster, tmp_path):
 @pytest.mark.timeout(600)
 def test_it_can_be_tried_out_on_one_machine(tmp_path):
     """A configuration that cannot be ends as a row, and the job as the sweep does."""
-    command = submitted(tmp_path, *TWO_HOSTS, "mesh.ulysses=16", "launch.executor=local")
+    command = submitted(tmp_path, "-m", *TWO_HOSTS, "mesh.ulysses=16", "launch.executor=local")
     try:
         assert command.wait(120) == 1
     finally:

@@ -1,6 +1,7 @@
 """Hydra's side of the command line: it composes configurations, and what it refuses is said in one sentence."""
 
 import multiprocessing as mp
+import shlex
 import sys
 from typing import Any
 
@@ -77,6 +78,11 @@ def run_words() -> None:
         if set(flags) <= {*SWEEP}:  # else Hydra is asked about itself
             compose.check_overrides(words, multirun=bool(flags))
             sys.argv[1:] = [*flags, *words]  # Hydra's parser takes no flag between words
+        elif both := [flag for flag in flags if flag in SWEEP]:
+            without = shlex.join(word for word in sys.argv[1:] if word not in SWEEP)
+            raise Invalid(
+                f"{both[0]} runs a sweep, and the other options run nothing; python -m bench {without} would do"
+            )
         main()
     except compose.REFUSED as error:
         sys.exit(f"bench: {compose.sentence(error)}")
@@ -108,7 +114,7 @@ def main(composed: DictConfig) -> float | None:
         sys.exit(f"bench: {compose.sentence(error)}")
     try:
         row = run_one(job)
-    except FileFault as fault:
+    except (FileFault, Invalid) as fault:
         sys.exit(f"bench: {fault}")
     if row["status"] != "ok":
         sys.exit(1)

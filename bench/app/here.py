@@ -1,8 +1,8 @@
 """What of a configuration depends on this machine: a peer's package, a checkpoint's files, the data, the device."""
 
 import importlib.util
-import os
 
+from bench.instruments.capacity import memory_bytes
 from bench.workloads import data
 from conf import hub
 from conf.documents import mask_of
@@ -92,7 +92,7 @@ def check_device(config: Config) -> None:
 
 def check_ranks(config: Config) -> None:
     """Can this machine hold so many processes?"""
-    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // RANK_BYTES
+    most = memory_bytes() // RANK_BYTES
     if config.mode == "real" and config.launch.name == "local" and config.world_size > most:
         raise Invalid(
             f"world_size={config.world_size}: mode=real starts as many processes, and this machine has memory for "

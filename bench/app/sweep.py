@@ -1,6 +1,5 @@
 """One configuration after the other, and the table at the end."""
 
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -13,8 +12,9 @@ from bench.app.interrupts import leave
 from bench.app.job import Job
 from bench.app.launchers import Launch, launching
 from bench.app.records import Row
-from bench.app.row import Launcher, run
+from bench.app.row import Launcher, resolved_here, run
 from bench.app.terminal import console, in_sight, in_silence, outcome_line, print_table, say
+from bench.instruments.capacity import cores
 from bench.ranks.launch import interrupted
 from bench.ranks.task import HostLost, Outcome, Task
 from conf.columns import described
@@ -24,10 +24,12 @@ from conf.measurement import Round
 
 
 def run_one(job: Job) -> Row:
-    """A single run always measures."""
-    with in_turn([job]) as launch:
-        row = run(job, "all", watched(launch, "", []))
-        log(row)
+    """A single run always measures. Raises Invalid, and leaves nothing, where it cannot begin."""
+    with launching(job.config) as launch:
+        resolved_here(job.config)
+        with in_turn([job]):
+            row = run(job, "all", watched(launch, "", []))
+            log(row)
     if row["status"] == "ok":
         print_table([row], job.config.name)
     else:
@@ -47,7 +49,7 @@ def run_part(jobs: list[Job]) -> list[Row]:
     done: dict[int, Row] = {}
     name = jobs[0].config.name
     try:
-        with in_turn(jobs) as launch:
+        with launching(jobs[0].config) as launch, in_turn(jobs):
             for i, row in (simulate_each if simulated(jobs) else run_each)(jobs, launch):
                 done[i] = row
                 log(row)
@@ -61,14 +63,14 @@ def run_part(jobs: list[Job]) -> list[Row]:
 
 
 @contextmanager
-def in_turn(jobs: Sequence[Job]) -> Iterator[Launch]:
-    """What launches these jobs, as long as it is this command's turn to write their rows."""
+def in_turn(jobs: Sequence[Job]) -> Iterator[None]:
+    """As long as it is this command's turn to write these jobs' rows."""
 
     logs.check(job.config for job in jobs)
-    with launching(jobs[0].config) as launch, ExitStack() as folders:
+    with ExitStack() as folders:
         for name in sorted({job.config.name for job in jobs}):
             folders.enter_context(records.opened(records.RUNS / name, simulated(jobs), fault))
-        yield launch
+        yield
 
 
 def log(row: Row) -> None:
@@ -116,15 +118,16 @@ class Families:
 
 def simulate_each(jobs: list[Job], launch: Launch) -> Iterator[tuple[int, Row]]:
     """Simulated ranks need no quiet machine: as many jobs at a time as there are cores."""
-    started, launcher = time.monotonic(), Families(launch)
+    started, launcher, launched = time.monotonic(), Families(launch), 0
     among = swept_by([job.config for job in jobs])
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         waiting = {pool.submit(run, job, job.config.rerun, launcher): i for i, job in enumerate(jobs)}
         try:
             for n, future in enumerate(as_completed(waiting), 1):
                 row = future.result()
-                left = (time.monotonic() - started) / n * (len(jobs) - n)
-                say(f"[{n}/{len(jobs)}, about {left:.0f} s left] ", row, among)
+                launched += was_launched(row)
+                each = (time.monotonic() - started) / launched if launched else 0
+                say(place(n, len(jobs), each * (len(jobs) - n)), row, among)
                 yield waiting[future], row
         except BaseException:
             interrupted.set()  # what runs is not waited for
@@ -147,17 +150,27 @@ def run_each(jobs: list[Job], launch: Launch) -> Iterator[tuple[int, Row]]:
         if i in over:
             continue
         job = jobs[i]
-        left = f", about {sum(spent) / len(spent) * (len(turns) - n):.0f} s left" if spent else ""
-        place = f"[{n + 1}/{len(turns)}{left}] "
+        before = place(n + 1, len(turns), sum(spent) / len(spent) * (len(turns) - n) if spent else 0)
         started = time.monotonic()
-        row = run(job, job.config.rerun, watched(launch, place, among), measured[i])
-        launched = row["status"] != "invalid" and not row.get("kept")
+        row = run(job, job.config.rerun, watched(launch, before, among), measured[i])
+        launched = was_launched(row)
         if launched:
             spent.append(time.monotonic() - started)
-        say(place, row, among, said=launched and not console.is_terminal)
+        say(before, row, among, said=launched and not console.is_terminal)
         if turn + 1 == job.config.rounds or not launched or row["status"] != "ok":
             over.add(i)
             yield i, row
+
+
+def was_launched(row: Row) -> bool:
+    """Did it take time? What is refused or kept says nothing of how long the others will take."""
+    return row["status"] != "invalid" and not row.get("kept")
+
+
+def place(n: int, of: int, left_s: float) -> str:
+    """Which of how many, and how long the rest will take where that is known."""
+    left = f", about {left_s:.0f} s left" if left_s >= 1 else ""
+    return f"[{n}/{of}{left}] "
 
 
 def turns_of(jobs: list[Job]) -> list[tuple[int, int]]:

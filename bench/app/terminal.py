@@ -79,6 +79,17 @@ def print_series(row: Row, file: Path, among: Sequence[Key]) -> None:
     console.print(table)
 
 
+def print_notes(rows: list[Row], among: Sequence[Key]) -> None:
+    """What a reader of rows that ended well should know, once. Why others did not was said when they ended."""
+    noted: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["status"] == "ok" and row["reason"]:
+            noted.setdefault(row["reason"], []).append(row)
+    for reason, of in noted.items():
+        others = f" and {len(of) - 1} more" if len(of) > 1 else ""
+        console.print(f"{title(of[0], among)}{others}: {reason}")
+
+
 def print_table(rows: list[Row], name: str) -> None:
     """One line a row: its strategy, mesh and length, what was swept, and the columns that some row has a value for."""
     among = swept(rows)
@@ -98,7 +109,9 @@ def print_table(rows: list[Row], name: str) -> None:
     for row in rows:
         if row["workload"] in OF_A_MACHINE and row["status"] == "ok":
             print_series(row, records.RUNS / name / row["run_id"] / f"{row['workload']}.csv", among)
-        if row["reason"]:
-            console.print(f"{title(row, among)} · {row['status']}: {row['reason']}")
+    print_notes(rows, among)
+    if traced := [records.RUNS / name / row["run_id"] for row in rows if row["profile"] and row["status"] == "ok"]:
+        folder = traced[0] if len(traced) == 1 else records.RUNS / name / "*"
+        console.print(f"{folder}/trace_rank*.json: a step of each rank, for ui.perfetto.dev")
     results = os.path.join(records.RUNS, name, "results.csv")
     console.print(f"{results}: one row each, with memory, bytes by phase and command")

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from bench.instruments import capacity
 from conf.measurement import Host
 
 GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
@@ -50,8 +51,8 @@ def this_host() -> Host:
     return Host(
         name=socket.gethostname(),
         cpu=cpu_name(),
-        cores=len(os.sched_getaffinity(0)),
-        memory_bytes=psutil.virtual_memory().total,
+        cores=capacity.cores(),
+        memory_bytes=capacity.memory_bytes(),
         kernel=platform.release(),
         governor=GOVERNOR.read_text().strip() if GOVERNOR.exists() else None,
         gpus=[name for name, _, _ in gpus],
@@ -86,4 +87,7 @@ def links_in(topology: str) -> dict[str, dict[str, str]]:
 
 def cpu_name() -> str:
     lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.processor() or "CPU",
+    )

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 
+import psutil
+
 from bench.ranks.task import Failure
 
 HEAD = "Stack (most recent call first)"  # of every stack that faulthandler writes
@@ -57,7 +59,10 @@ def of_who_died(stacks: str) -> str:
 
 
 def oom_kills() -> int:
-    """How many processes the kernel has killed for want of memory: in this control group, or since it booted."""
+    """How many processes the kernel has killed for want of memory: in this control group, or since it booted.
+
+    Linux tells; elsewhere none are known of, and a rank that was killed is said to have been killed.
+    """
     return counted(memory_events() or Path("/proc/vmstat"), "oom_kill")
 
 
@@ -84,7 +89,7 @@ def where_ranks_are(pids: Mapping[int, int], starting: Iterable[int], folder: st
     the one to hear it.
     """
     asked = {rank: pid for rank, pid in pids.items() if rank not in starting}
-    stopped = {rank for rank, pid in asked.items() if state(pid) == "T"}
+    stopped = {rank for rank, pid in asked.items() if state(pid) == psutil.STATUS_STOPPED}
     for rank in stopped:
         blow(asked[rank], signal.SIGCONT)
     until = time.monotonic() + ANSWER_S
@@ -116,12 +121,15 @@ def blow(pid: int, number: signal.Signals) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    return state(pid) not in ("", "Z", "X")
+    return state(pid) not in ("", psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 
 
 def state(pid: int) -> str:
-    """The kernel's letter for what a process does: R, S, D, T (stopped), Z; nothing where there is none."""
-    return read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].strip()[:1]
+    """What a process does, as psutil.STATUS_* call it; nothing where there is none."""
+    try:
+        return psutil.Process(pid).status()
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def place(stack: str) -> str:

@@ -26,6 +26,7 @@ from conf.measurement import Rank
 
 GRACE_S = 1.0  # between the first sign of a failure and the verdict: time for the rank that began it to be heard
 START_S = 300.0  # for a process to run at all, on the busiest of machines
+KINETO = "USDT:"  # how a line of the profiler begins that tells nothing but its state
 LISTEN_S = 0.2  # between two looks at what is not a rank of ours
 
 Progress = Callable[[str], None]
@@ -216,9 +217,10 @@ class Ranks:
         return ends.where_ranks_are(pids, self.starting, self.folder)
 
     def pass_on(self) -> None:
-        """What the ranks have written to stderr."""
+        """What the ranks have written to stderr, but that a profile began and ended."""
         for rank in self.ranks:
-            if words := ends.read(ends.words_file(self.folder, rank)).strip():
+            lines = ends.read(ends.words_file(self.folder, rank)).splitlines()
+            if words := "\n".join(line for line in lines if not line.startswith(KINETO)).strip():
                 print(f"rank {rank}: {words}", file=sys.stderr)
 
 

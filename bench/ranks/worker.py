@@ -20,7 +20,7 @@ import torch
 import torch._dynamo  # FSDP2 imports it when first used: better once in the server than again in every rank
 import torch.distributed as dist
 
-from bench.instruments import machine
+from bench.instruments import capacity, machine
 from bench.instruments.held import Held
 from bench.instruments.instrument import replaced
 from bench.instruments.memory import MemoryLog
@@ -102,7 +102,7 @@ def short_of_memory(message: str) -> bool:
 
 def run(rank: int, task: Task, meeting: Meeting, progress: Callable[[str], None]) -> Rank:
     """One rank's measurements of a configuration in its mode."""
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // task.processes))
+    torch.set_num_threads(max(1, capacity.cores() // task.processes))
     join(rank, task, meeting)
     if task.config.mode == "simulate":
         observed, foretold = simulate(task.config, progress, task.known)

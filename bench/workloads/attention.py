@@ -5,13 +5,13 @@ step, one process computes the attention of all heads over the whole sequence: t
 ranks together come to that, and the error is how far from it they are.
 """
 
-import os
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from bench.instruments import capacity
 from bench.instruments.timing import Stopwatch
 from conf.keys import ModelConfig
 from conf.mask import PLAIN, Mask
@@ -86,7 +86,7 @@ class AttentionAlone:
         if self.times_the_whole:
             threads = torch.get_num_threads()
             if self.device == "cpu":
-                torch.set_num_threads(len(os.sched_getaffinity(0)))
+                torch.set_num_threads(capacity.cores())
             q, k, v, grad = self.whole
             q, k, v = qkv = [t.detach().requires_grad_(self.with_backward) for t in (q, k, v)]
             with self.watch.step():
