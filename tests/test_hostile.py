@@ -247,8 +247,8 @@ VALUES = {  # words -> what the sentence says; "" for what can stand
     "model=hf model.path='a\0b'": "it has a NUL",
     "model=hf model.path=''": "model.path is missing",
     # What is Hydra's.
-    "hydra.run.dir=/tmp/x": HYDRA,
-    "hydra.sweep.dir=/tmp/x": HYDRA,
+    "hydra.run.dir=/tmp/x": "results go to runs/<name>/; name=mine would do",
+    "hydra.sweep.dir=/tmp/x": "results go to runs/<name>/; name=mine would do",
     "hydra.output_subdir=/tmp/x": HYDRA,
     "hydra.job.chdir=true": HYDRA,
     "hydra.searchpath=[/tmp]": HYDRA,
