@@ -95,6 +95,7 @@ def to_tensorboard(sweep: Path, row: Row, config: dict, numbers: dict, steps: St
 
 def to_wandb(sweep: Path, row: Row, config: dict, numbers: dict, steps: Steps) -> None:
     """runs/NAME/wandb/offline-run-*: a project for the sweep."""
+    os.environ.setdefault("WANDB_MODE", "offline")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
@@ -108,7 +109,6 @@ def to_wandb(sweep: Path, row: Row, config: dict, numbers: dict, steps: Steps) -
         dir=sweep,
         config=config,
         tags=[row["status"]],
-        mode=os.environ.get("WANDB_MODE", "offline"),
         settings=wandb.Settings(silent=True, console="off"),
     )
     for step, values in steps.items():
