@@ -624,8 +624,8 @@ def test_any_words_are_a_configuration_or_a_sentence(path, value, quoted):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["hydra.run.dir=../outside"], HYDRA),
-        (["-m", "hydra.sweep.dir=../outside", "steps=1,2"], HYDRA),
+        (["hydra.run.dir=../outside"], "results go to runs/<name>/"),
+        (["-m", "hydra.sweep.dir=../outside", "steps=1,2"], "results go to runs/<name>/"),
         (["-m", "name=../outside", "steps=1,2"], FOLDER),
         (["-m", "seed=range(1,1000000000)"], "more than 10000 configurations"),
         (["--config-dir=../elsewhere", "+evil=x"], "there is no option --config-dir"),
