@@ -79,7 +79,8 @@ def in_wandb(folder: Path) -> dict[str, tuple[dict, dict, dict]]:
         assert file.stem.removeprefix("run-") not in found
         config, numbers, steps = {}, {}, {}
         for record in map(Record.FromString, records_of(file)):
-            config |= {each.key: json.loads(each.value_json) for each in record.run.config.update}
+            told = (*record.run.config.update, *record.config.update)  # with the run, or after it on a busy machine
+            config |= {each.key or each.nested_key[0]: json.loads(each.value_json) for each in told}
             numbers |= {each.key or each.nested_key[0]: json.loads(each.value_json) for each in record.summary.update}
             line = {each.key or each.nested_key[0]: json.loads(each.value_json) for each in record.history.item}
             for name in line.keys() & {"loss", "step_ms", "step_bytes"}:
