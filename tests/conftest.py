@@ -1,4 +1,5 @@
 import os
+import shutil
 
 import pytest
 import torch
@@ -37,6 +38,20 @@ def checkpoints(tmp_path_factory) -> dict[str, str]:
             changes |= {"tie_word_embeddings": True, "rope_parameters": rope}
         folders[name] = make_checkpoint(str(tmp_path_factory.mktemp(name)), **changes)
     return folders
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Debian's chromium, or the one that CHROMIUM names."""
+    executable = os.environ.get("CHROMIUM") or shutil.which("chromium")
+    if executable is None:
+        pytest.skip("no chromium on this machine: apt-get install chromium, or set CHROMIUM")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
 
 
 def pytest_addoption(parser) -> None:

@@ -33,6 +33,7 @@ from conf.resolve import resolve
 from conf.series import SERIES
 from conf.sizes import size
 from conf.words import Invalid
+from tests.browser import CUT_OFF, opened
 from tests.jobs import job
 
 ROOT = Path(__file__).parents[1]
@@ -481,40 +482,9 @@ def test_scaling_exposed_communication_and_the_end_of_memory_are_drawn_where_the
 
 
 @pytest.fixture(scope="module")
-def browser():
-    executable = os.environ.get("CHROMIUM") or shutil.which("chromium")
-    if executable is None:
-        pytest.skip("no chromium on this machine: apt-get install chromium, or set CHROMIUM")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=executable, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture(scope="module")
 def pages(measured) -> Path:
     write(measured)
     return measured / "report"
-
-
-def opened(browser, file: Path, width: int):
-    """The page at a width, and what went wrong on it."""
-    page = browser.new_page(viewport={"width": width, "height": 900})
-    wrong: list[str] = []
-    page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("requestfailed", lambda request: wrong.append(request.url))
-    page.goto(file.as_uri())
-    return page, wrong
-
-
-CUT_OFF = """() => [...document.querySelectorAll("body *")].filter(element => {
-  const box = element.getBoundingClientRect();
-  const inside = element.closest(".scroll, .wide, svg");
-  return box.width > 0 && !inside && (box.right > innerWidth + 1 || box.left < -1);
-}).map(element => element.outerHTML.slice(0, 80))"""
 
 
 @pytest.mark.parametrize("width", [1280, 390])
