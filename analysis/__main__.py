@@ -29,14 +29,16 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("folder", type=Path, metavar="runs/NAME")
 
     sources = commands.add_parser("sources", help="strategies side by side, with the bytes that each line sent")
-    sources.add_argument("strategies", nargs="+", metavar="STRATEGY")
+    sources.add_argument("strategies", nargs="*", metavar="STRATEGY", help="default: all of them")
     sources.add_argument(
         "--run",
         type=Path,
         metavar="runs/NAME",
         help=f"the sweep whose comm.csv gives the bytes; default: {SOURCES_FROM}, if it is there",
     )
-    sources.add_argument("--out", type=Path, metavar="FILE", help="default: runs/sources/STRATEGY-STRATEGY.html")
+    sources.add_argument(
+        "--out", type=Path, metavar="FILE", help="default: runs/sources/STRATEGY-STRATEGY.html, or all.html"
+    )
 
     compare = commands.add_parser("compare", help="two sweeps of the same configurations: faster, slower, bigger")
     compare.add_argument("a", type=Path, metavar="runs/A")
@@ -165,7 +167,7 @@ def answer(arguments: argparse.Namespace) -> tuple[object, list[str]]:
     from analysis import reading, sources
 
     measured = arguments.run or (SOURCES_FROM if any(SOURCES_FROM.glob("*/comm.csv")) else None)
-    out = arguments.out or Path("runs/sources", f"{'-'.join(arguments.strategies)}.html")
+    out = arguments.out or Path("runs/sources", f"{'-'.join(arguments.strategies) or 'all'}.html")
     return sources.write(arguments.strategies, reading.load(measured) if measured else None, out), []
 
 

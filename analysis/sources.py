@@ -1,16 +1,20 @@
 """Strategies side by side: their own source in columns, section by section, and at each line what it sent.
 
-    python -m analysis sources tp_sp odysseus ulysses [--run runs/NAME] [--out FILE]
+    python -m analysis sources [tp_sp odysseus ulysses] [--run runs/NAME] [--out FILE]
 
-The source is read as text, never imported. What a strategy inherits is shown where it counts, marked with the file that
-it comes from. Bytes are those of comm.csv of one measured step, divided by the number of blocks where a line belongs to
-a block.
+The page holds every strategy that it is asked for and shows up to three of them, those that its address names
+(sources.html#ring,ulysses), with the lines tinted that a neighbour does not have. The source is read as text, never
+imported. What a strategy inherits is shown where it counts, marked with the file that it comes from. Bytes are those of
+comm.csv of one measured step, divided by the number of blocks where a line belongs to a block.
 """
 
 import ast
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 from textwrap import dedent
 
@@ -118,13 +122,26 @@ class Chip:
         return f"{self.arrow} {self.calls}{SHORT[self.kind]} {size(self.bytes)}"
 
 
-@dataclass
+@dataclass(unsafe_hash=True)
+class Entry:
+    """A paragraph of a card, equal to those that say the same, and the other strategies on the page that have it."""
+
+    name: str
+    text: str
+    shared: list[str] = field(default_factory=list, compare=False)
+
+
+@dataclass(unsafe_hash=True)
 class Line:
-    number: int
-    html: str  # without its leading blanks
-    indent: int
-    chips: list[Chip] = field(default_factory=list)
-    counterpart: str = ""
+    """A line of source, equal to those of the same text, and the other strategies that have it at the same place."""
+
+    text: str
+    number: int = field(compare=False)
+    html: str = field(compare=False)  # without its leading blanks
+    indent: int = field(compare=False)
+    shared: list[str] = field(default_factory=list, compare=False)
+    chips: list[Chip] = field(default_factory=list, compare=False)
+    counterpart: str = field(default="", compare=False)
 
 
 @dataclass
@@ -143,7 +160,7 @@ class Column:
     strategy: str
     colour: str
     title: str
-    card: list[tuple[str, str]]
+    card: list[Entry]
     measured: str
     sums: list[tuple[str, str, str, bool]]  # what, counted, derived (empty without an account), are they equal
     sections: dict[str, list[Part]]
@@ -157,9 +174,23 @@ def column(strategy: str, sweep: Sweep | None) -> Column:
     sections = {}
     for title, names in SECTIONS.items():
         sections[title] = [part for name in names if (part := shown(path, name, sent)) is not None]
-    return Column(
-        strategy, colour(strategy), own.title.partition(": ")[2] or own.title, own.card, where, sums, sections
-    )
+    title = own.title.partition(": ")[2] or own.title
+    return Column(strategy, colour(strategy), title, [Entry(*said) for said in own.card], where, sums, sections)
+
+
+def compare(columns: list[Column]) -> None:
+    """Write at every line, and at every entry of a card, which of the other columns have it too (difflib's matches)."""
+    for one, other in combinations(columns, 2):
+        for mine, theirs in zip(texts(one), texts(other), strict=True):
+            for i, j, length in SequenceMatcher(None, mine, theirs, autojunk=False).get_matching_blocks():
+                for here, there in zip(mine[i : i + length], theirs[j : j + length], strict=True):
+                    here.shared.append(other.strategy)
+                    there.shared.append(one.strategy)
+
+
+def texts(column: Column) -> list[Sequence[Entry | Line]]:
+    """What is compared with other columns, each by itself: the card, and every section's lines."""
+    return [column.card, *([line for part in parts for line in part.lines] for parts in column.sections.values())]
 
 
 def shown(path: str, name: str, sent: dict[tuple[str, int], dict]) -> Part | None:
@@ -168,10 +199,11 @@ def shown(path: str, name: str, sent: dict[tuple[str, int], dict]) -> Part | Non
         return None
     first, last = holder.spans[name]
     source = dedent("\n".join(holder.lines[first - 1 : last]))
-    html = highlight(source, PythonLexer(stripnl=False), HtmlFormatter(nowrap=True)).split("\n")
+    html = highlight(source, PythonLexer(stripnl=False), HtmlFormatter(nowrap=True))
+    html = html.replace("(</span>", "(</span><wbr>").split("\n")  # where a name would be broken in a narrow column
     lines = []
     for offset, (text, marked) in enumerate(zip(source.split("\n"), html, strict=False)):
-        line = Line(first + offset, LEADING.sub(r"\1", marked), len(text) - len(text.lstrip()))
+        line = Line(text, first + offset, LEADING.sub(r"\1", marked), len(text) - len(text.lstrip()))
         on_it = sent.get((holder.path, line.number), {})
         for (direction, kind), (calls, amount) in sorted(on_it.items(), reverse=True):
             times = "" if calls == 1 else f"{calls:g} "
@@ -262,21 +294,25 @@ def zero_line(path: str, name: str) -> tuple[str, int, str] | None:
 
 
 def write(strategies: list[str], sweep: Sweep | None, out: Path) -> Path:
-    """The page. Raises UserError for a strategy without a file, and for a sweep that has no comm.csv."""
+    """The page, of all strategies where none is named.
+
+    Raises UserError for a strategy without a file, and for a sweep that has no comm.csv.
+    """
     known = sorted(p.stem for p in (ROOT / "strategies").glob("*.py") if p.stem not in ("__init__", "base"))
     for strategy in strategies:
         if strategy not in known:
             raise UserError(f"there is no strategies/{strategy}.py; there are {', '.join(known)}")
     if sweep is not None and not sweep.comm:
         raise UserError(f"{sweep.folder}: no comm.csv beside its records, so no line's bytes are known")
-    columns = [column(strategy, sweep) for strategy in strategies]
+    columns = [column(strategy, sweep) for strategy in dict.fromkeys(strategies or known)]
+    compare(columns)
     silent = [c.strategy for c in columns if sweep is not None and not c.measured and c.strategy != "single"]
     page = TEMPLATES.get_template("sources.html").render(
         columns=columns,
         sections=[title for title in SECTIONS if any(c.sections[title] for c in columns)],
         run=sweep and sweep.folder,
         silent=silent,
-        pygments_css=HtmlFormatter(style="friendly").get_style_defs(".code"),
+        pygments_css=HtmlFormatter(style="xcode").get_style_defs(".code"),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page)
