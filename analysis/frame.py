@@ -2,13 +2,12 @@
 
 import warnings
 from pathlib import Path
-from typing import get_args
 
 import pandas as pd
 
 from analysis import reading
 from conf.columns import columns
-from conf.keys import optional
+from conf.keys import not_none
 
 LARGEST = 2**63  # what was refused may be more
 DTYPES = {bool: "boolean", int: "Int64", float: "float64"}
@@ -22,7 +21,7 @@ def load(folder: Path) -> pd.DataFrame:
     known = columns()
     rows = sweep.rows[["label", *(column.name for column in known)]].copy()
     for column in known:
-        holds = get_args(column.holds)[0] if optional(column.holds) else column.holds
+        holds = not_none(column.holds)
         values = rows[column.name]
         if holds in (int, float):
             numbers = pd.to_numeric(values)

@@ -447,7 +447,7 @@ class Key:
     @property
     def of_any_names(self) -> bool:
         """Does it hold an object that no schema knows? It is for record.json, then, and no cell of results.csv."""
-        return get_origin(get_args(self.hint)[0] if optional(self.hint) else self.hint) is dict
+        return get_origin(not_none(self.hint)) is dict
 
     @property
     def default(self) -> Any:
@@ -497,6 +497,11 @@ def optional(hint: Any) -> bool:
     return isinstance(hint, UnionType)
 
 
+def not_none(hint: Any) -> Any:
+    """`int` of `int | None`: the type of a value that is not None."""
+    return get_args(hint)[0] if optional(hint) else hint
+
+
 def section_in(hint: Any) -> type | None:
     """The dataclass in an annotation, as in `ClusterConfig | None`."""
     options = get_args(hint) if optional(hint) else (hint,)
@@ -535,7 +540,7 @@ KINDS: dict[Any, tuple[type | tuple[type, ...], str]] = {  # what a value may be
 def not_of(hint: Any, value: Any) -> str | None:
     """What a value is not, that its type says; None if it is that."""
     if optional(hint):
-        return None if value is None else not_of(get_args(hint)[0], value)
+        return None if value is None else not_of(not_none(hint), value)
     kind, fault = KINDS[get_origin(hint) or hint]
     fits = isinstance(value, kind) and (hint is bool or not isinstance(value, bool))
     if not fits:

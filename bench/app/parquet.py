@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any, get_args, get_origin
 
 from conf.columns import Column, columns
-from conf.keys import optional
+from conf.keys import not_none
 
 NAME = "results.parquet"
 LARGEST = 2**63
@@ -37,17 +37,13 @@ def parquet(rows: Iterable[Mapping]) -> bytes:
 
 def of_each(column: Column) -> bool:
     """Does it hold a number of each step, or round?"""
-    return get_origin(column.holds) is list and plain(get_args(column.holds)[0]) is float
-
-
-def plain(hint: Any) -> Any:
-    return get_args(hint)[0] if optional(hint) else hint
+    return get_origin(column.holds) is list and not_none(get_args(column.holds)[0]) is float
 
 
 def typed(hint: Any) -> Any:
     import pyarrow as pa
 
-    hint = plain(hint)
+    hint = not_none(hint)
     if get_origin(hint) is list:
         return pa.list_(typed(get_args(hint)[0]))
     return {bool: pa.bool_(), int: pa.int64(), float: pa.float64()}.get(hint, pa.string())
@@ -55,7 +51,7 @@ def typed(hint: Any) -> Any:
 
 def cell(column: Column, value: Any) -> Any:
     """As its type is; an object as JSON; of a row that was refused, nothing for a number that is none of 64 bits."""
-    hint = plain(column.holds)
+    hint = not_none(column.holds)
     if hint is int and not -LARGEST <= (value or 0) < LARGEST:
         return None
     if value is None or isinstance(value, hint if isinstance(hint, type) and hint in (bool, int, str) else list):
