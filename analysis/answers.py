@@ -55,10 +55,8 @@ def fitting(rows: pd.DataFrame) -> list[str]:
     rows = rows[rows.capacity_bytes.notna()]
     if rows.empty:
         return []
-    tight, out = (rows[rows.fits == word] for word in ("tight", "oom"))
-    said = f"{fits.of(len(rows) - len(out), len(rows))} into {size(rows.capacity_bytes.max())}"
-    if len(tight):
-        said += f", {len(tight)} of them with less than a tenth to spare"
+    said = fits.how_many(rows, size(rows.capacity_bytes.max()))
+    out = rows[rows.fits == "oom"]
     if len(out):
         least = out.loc[out.peak_bytes.idxmin()]
         said += f"; what does not needs {size(least.peak_bytes)} ({least.label}) and more, and is not spoken of below"

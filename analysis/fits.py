@@ -67,10 +67,11 @@ def in_short(sweep: Sweep) -> str:
     if rows.empty:
         return ""
     capacity = " to ".join(dict.fromkeys(size(n) for n in sorted(rows.capacity_bytes.unique())))
-    tight = int((rows.fits == "tight").sum())
-    said = f"{of(int((rows.fits != 'oom').sum()), len(rows))} into {capacity} of a GPU"
-    return f"{said}, {tight} of them with less than a tenth to spare." if tight else f"{said}."
+    return f"{how_many(rows, f'{capacity} of a GPU')}."
 
 
-def of(fit: int, number: int) -> str:
-    return f"Of {number} configuration{'s' if number > 1 else ''} {fit} fit{'s' if fit == 1 else ''}"
+def how_many(rows: pd.DataFrame, room: str) -> str:
+    """Of these rows fit into a room, and how many of them only just."""
+    fit, tight = int((rows.fits != "oom").sum()), int((rows.fits == "tight").sum())
+    said = f"Of {len(rows)} configuration{'s' if len(rows) > 1 else ''} {fit} fit{'s' if fit == 1 else ''} into {room}"
+    return f"{said}, {tight} of them with less than a tenth to spare" if tight else said
