@@ -26,6 +26,7 @@ from analysis.plots import PLOTS, draw_all, parity, save
 from analysis.race import notes, race, verdict
 from analysis.reading import Sweep, load
 from analysis.table import written
+from analysis.tasks import is_wrong
 from analysis.templates import TEMPLATES
 from analysis.validate import PREDICTORS, coordinates, errors, told
 from conf import meshes
@@ -278,7 +279,7 @@ def results(sweep: Sweep) -> list[dict]:
     table = []
     for _, row in sweep.steps.iterrows():
         name = row.label if mesh(row) in row.label else f"{row.label} {mesh(row)}"
-        mark = "out of memory" if row.status == "oom" else "wrong" if row.reason.startswith("wrong") else ""
+        mark = "out of memory" if row.status == "oom" else "wrong" if is_wrong(row.reason) else ""
         looks = {"colour": colour(row.strategy), "peer": row.strategy in meshes.PEERS}
         table.append({"row": row, "name": name, "mark": mark, **looks})
     return table

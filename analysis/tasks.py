@@ -12,6 +12,7 @@ import pandas as pd
 from analysis.reading import Sweep
 from conf.keys import Key, keys
 from conf.labels import differing, labels, text, variant
+from conf.words import WRONG
 
 SECTIONS = (
     *("workload", "direction", "mode", "device", "cluster", "model", "data", "documents", "precision", "batch_size"),
@@ -90,8 +91,13 @@ def having(sweep: Sweep, column: str) -> list[Task]:
 def timed(rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     """Those that have a time, measured or else predicted, the fastest first; and its column. A wrong result is none."""
     column = "step_ms_median" if rows.step_ms_median.notna().any() else "predicted_step_ms"
-    right = rows[rows[column].notna() & ~rows.reason.str.startswith("wrong")]
+    right = rows[rows[column].notna() & ~rows.reason.map(is_wrong).astype(bool)]
     return right.sort_values(column, kind="stable"), column
+
+
+def is_wrong(reason: str) -> bool:
+    """Did the row with this reason compute something else than one process does?"""
+    return reason.startswith(WRONG)
 
 
 def named(rows: pd.DataFrame) -> pd.DataFrame:

@@ -7,6 +7,7 @@ from math import isqrt
 from typing import Any
 
 LONGEST = 400  # of a sentence, in characters
+WRONG = "wrong: "  # so begins the reason of a row that ended well and did not compute what one process does
 
 
 class Invalid(ValueError):

@@ -16,6 +16,7 @@ from conf.keys import INITIAL_STD, OF_A_MACHINE, Config, ModelConfig
 from conf.measurement import Measured, Rank, worst
 from conf.meshes import place
 from conf.series import lines
+from conf.words import WRONG
 
 CLOSE = {"fp32": 1e-4, "bf16": 0.03, "bf16_mixed": 0.03}  # of two ways to compute the same
 SAME = 1e-4  # of two sums of the same numbers, which are fp32 in every precision
@@ -169,7 +170,7 @@ def inaccurate(errors: Sequence[dict[str, float]], precision: str) -> str | None
     names = [name for name in errors[0] if any(name == of for *_, of in wrong)]
     most, rank, _ = max(wrong)
     verb = "is" if len(names) == 1 else "are"
-    return f"wrong: {', '.join(names)} {verb} up to {most:.2%} away from one process', farthest on rank {rank}"
+    return f"{WRONG}{', '.join(names)} {verb} up to {most:.2%} away from one process', farthest on rank {rank}"
 
 
 # Speed.
