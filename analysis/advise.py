@@ -26,13 +26,13 @@ from conf.files import FileFault, check_writable
 from conf.keys import Config, MeshConfig, StrategyConfig
 from conf.resolve import resolve
 from conf.seen import special
+from conf.sizes import GIB
 from conf.words import Invalid
 
 AS_TRAINED = ("precision=bf16_mixed", "device=cuda", "loss.chunks=8")  # unless given; of a CPU its own
 ERROR = 0.05  # what both predictors may differ by (tests/test_predict.py)
 WEIGHED = 0.02  # what the account's memory may be off
 MESH = ["strategy", *OF_AXES.values()]
-GIB = 2**30
 WAITING = (*COLLECTIVES, "offload")
 PARTS = ("products", "attention", "kernels", "launches", *WAITING)
 FACTORS = (0.25, 0.5, 1, 2, 4)  # of length and ranks, on the map

@@ -12,9 +12,9 @@ import pandas as pd
 from analysis import UserError, symbols
 from analysis.reading import load
 from analysis.templates import TEMPLATES
+from conf.sizes import GIB
 
 RANKS, MODELS = 32, {"llama2_7b": "MHA", "llama3_8b": "GQA"}
-GB, GIB = 1e9, 2**30
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,4 @@ def printed(folder: Path) -> str:
     def s16(cycles: str) -> str:
         return f"{of_16[cycles] / 1000:.2f}"
 
-    return page.render(
-        methods=METHODS, rows=found, kinds=list(MODELS.values()), GB=GB, GIB=GIB, ranks=RANKS, s16=s16
-    ).strip()
+    return page.render(methods=METHODS, rows=found, kinds=list(MODELS.values()), GIB=GIB, ranks=RANKS, s16=s16).strip()

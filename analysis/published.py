@@ -16,10 +16,10 @@ from typing import Any
 from analysis import UserError, simulated
 from analysis.reading import read_csv
 from analysis.templates import TEMPLATES
+from conf.sizes import GIB
 
 FIGURES = Path(__file__).parent / "data" / "memory.csv"
 NAME = "published_memory"
-GIB = 2**30
 SIZES = ("dim", "n_layers", "head_dim", "ffn_dim", "vocab_size")
 
 

@@ -23,6 +23,7 @@ from conf.columns import described
 from conf.compose import REFUSED, configuration, sentence
 from conf.keys import Config
 from conf.resolve import resolve
+from conf.sizes import GIB
 from conf.words import Invalid
 
 
@@ -167,7 +168,7 @@ def standing(found: Mapping[str, Standing | str]) -> dict[str, Standing]:
 
 
 def values(found: Mapping[str, Standing | str]) -> pd.DataFrame:
-    """Bytes of one configuration, a row per strategy: GB sent (10^9), GiB kept (2^30)."""
+    """Bytes of one configuration, a row per strategy: GiB sent and kept."""
     table = [
         {"strategy": name, **(numbers(here) if isinstance(here, Standing) else {"mesh": here})}
         for name, here in found.items()
@@ -181,12 +182,12 @@ def numbers(here: Standing) -> dict[str, str]:
     saved = s.layers * account.saved_by_block(s) + account.saved_by_ends(s)
     return {
         "mesh": labels.mesh(described(here.config)),
-        "GB a block": f"{total(block) / 1e9:.3f}",
-        "activations": f"{total(block, weights=False) / 1e9:.3f}",
-        "weights": f"{total(block, weights=True) / 1e9:.3f}",
-        "GB a step": f"{total(step) / 1e9:.2f}",
-        "GiB for backward": f"{saved / 2**30:.2f}",
-        "GiB of state": f"{sum(account.state(s).values()) / 2**30:.2f}",
+        "GiB a block": f"{total(block) / GIB:.3f}",
+        "activations": f"{total(block, weights=False) / GIB:.3f}",
+        "weights": f"{total(block, weights=True) / GIB:.3f}",
+        "GiB a step": f"{total(step) / GIB:.2f}",
+        "GiB for backward": f"{saved / GIB:.2f}",
+        "GiB of state": f"{sum(account.state(s).values()) / GIB:.2f}",
     }
 
 

@@ -1,6 +1,7 @@
 """Bytes and tokens as they are read: in units of 1024, held and sent alike. Rates are in GB/s, as links are sold."""
 
-UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
+GIB = 2**30
+UNITS = ((2**40, "TiB"), (GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
 
 
 def unit(n: float) -> tuple[int, str]:

@@ -135,12 +135,12 @@ def test_the_table_takes_the_meshes_that_bench_takes_and_gives_its_answers():
             except Invalid as reason:
                 expected = str(reason)
             assert row["mesh"] == expected, (name, world_size, sizes)
-            assert bool(row["GB a step"]) == ("would do" not in expected)
+            assert bool(row["GiB a step"]) == ("would do" not in expected)
 
 
 def test_single_and_a_full_table_stand_where_nothing_is_said_of_ranks():
     rows = {row["strategy"]: row for row in csv.DictReader(printed("csv", ["seq_len=64"])[0].splitlines())}
-    assert rows["single"]["GB a step"] == "0.00"
+    assert rows["single"]["GiB a step"] == "0.00"
     assert rows["tp_usp"]["mesh"] == "tp=2 ulysses=2"
 
 
