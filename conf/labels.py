@@ -1,6 +1,7 @@
 """How a row is called: its strategy, its mesh, and every key in which it differs from another row of its sweep.
 
-Nobody lists these keys: they are found by comparing the rows. Rows are mappings from the columns of results.csv.
+Nobody lists these keys: they are found by comparing the rows. A title says all of them, a label those that are not as
+by default. Rows are mappings from the columns of results.csv.
 """
 
 import json
@@ -100,7 +101,7 @@ def title(row: Row, among: Sequence[Key]) -> str:
 
 
 def labels(rows: Sequence[Row]) -> list[str]:
-    """A short name of each row, the same for rows that differ in their length alone."""
+    """A short name of each row, the same for rows that differ in their length alone: without what is as by default."""
     among = swept(rows)
     layouts = any(key.path == "ring.layout" for key in among)
     places: dict[str, set[str]] = {}
@@ -109,7 +110,8 @@ def labels(rows: Sequence[Row]) -> list[str]:
     names = []
     for row in rows:
         several = len(places[row["strategy"]]) > 1 or " " in mesh(row) or layouts
+        special = [key for key in among if text(row.get(key.column)) != text(key.default)]
         names.append(
-            " ".join(part for part in (row["strategy"], where(row) if several else "", variant(row, among)) if part)
+            " ".join(part for part in (row["strategy"], where(row) if several else "", variant(row, special)) if part)
         )
     return names

@@ -406,7 +406,9 @@ def test_whatever_differs_stands_in_the_label_and_divides_the_lines(sweep):
     rows = load(sweep).ok
     assert set(rows.ulysses_chunks) == {1}
     assert rows.label.nunique() == 4
-    assert all("model.n_layers=" in label and "ring.grad_dtype=" in label for label in rows.label)
+    assert all("model.n_layers=" in label for label in rows.label)
+    said = rows.label.str.contains("ring.grad_dtype=same", regex=False)
+    assert list(said) == list(rows.ring_grad_dtype == "same")  # fp32 is its default
     lines = group_but(rows, "seq_len")
     assert [list(part.seq_len) for _, part in lines] == [[64, 128]] * 4
     assert len({label for label, _ in lines}) == 4
