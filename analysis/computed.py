@@ -165,9 +165,9 @@ class Computed:
     @once
     def attention(self, way: str) -> Work:
         """All blocks of it, and the copies that heads make for an exchange."""
-        if self.account.in_grid:
-            return self.in_grid(way)
         own, visiting = self.blocks_of_attention(way)
+        if self.account.in_grid:
+            return own + visiting * (self.s.r - 1) + self.grid_besides(way)
         heads = self.heads_in_stages(way) if self.account.staged else self.heads_for_tokens(way)
         return own + visiting * (self.s.r - 1) + heads
 
@@ -219,37 +219,18 @@ class Computed:
         out = on.moves(s.e * q, chunks) + on.moves(2 * s.e * q, chunks) + on.moves(2 * WIDE * q / s.K, 3 * chunks)
         return out + on.moves((s.e + 2 * s.e_g) * q, chunks) + on.moves((s.e + 2 * WIDE) * seen / 2, 2 * chunks)
 
-    def in_grid(self, way: str) -> Work:
-        """A row's queries, in the order of the sequence, against a column's keys, tile by tile; and what goes home.
-
-        Under a causal mask a tile along the diagonal, and one before and one behind it, in zigzag of either half.
-        """
+    def grid_besides(self, way: str) -> Work:
+        """Of others' queries the first block is no sum of several yet; in backward all are. And what goes home."""
         s, on = self.s, self.on
-        n, heads = s.L // s.r, s.B * s.h / s.tp
-        halves = np.where(s.layout == "zigzag", 2, 1)
-        square = n // halves
-        whole = (s.r - 1) * np.where(s.layout == "contiguous", n * n, n * (n // 2)) + (halves - 1) * square**2
-        if s.seen is not None:
-            whole = max(0, s.seen["pairs"] / s.B - halves * computed(square, 1))
-        diagonal = computed(square, on.clock.tile)
-        around = halves * (1 * (s.inner > 1) + 1 * (s.r > 1))
-        found = on.attention(way, heads * diagonal, s.K, halves)
-        found += on.attention(way, heads * whole / np.maximum(around, 1), s.K, around)
-        row, column = s.inner * s.q / s.e, 2 * s.r / s.inner * s.kv / s.e
-        sorts = 1 * (s.layout != "contiguous")
-        gathered = sorts + (s.B > 1)
-        of_column = self.copy(s.e * column, gathered * (s.r > s.inner)) + self.copy(2 * s.kv)
+        others, q, kv = s.inner - 1, s.q / s.e, 2 * s.kv / s.e
         if way == "forward":
-            rows = self.copy(s.e * row, (gathered + sorts) * (s.inner > 1))
-            tiles = on.moves(s.e * row, 1, "copy") + self.copy(s.e * row)
-            return (
-                found + of_column + rows + tiles + on.kernel("merge", s.q / s.e, s.e, s.inner - 1) + self.copy(s.q, 2)
-            )
-        rows = self.copy(3 * s.e * row, gathered * (s.inner > 1)) + self.copy(3 * s.q)
-        tiles = on.moves(s.e * row, 1, "copy") + self.copy(s.e * row)
-        tiles += on.moves(WIDE * column, 1, "copy") + on.moves((s.e + 2 * WIDE) * column)
-        home = self.copy(s.e_g * row, 1 + gathered * (s.inner > 1)) + self.copy(s.e_g * column, 2 + gathered)
-        return found + of_column + rows + tiles + home
+            first = on.moves(s.e * q, others, "copy") + self.copy(s.q, others)
+            cast = on.moves((s.e + WIDE) * q, others * (s.e != WIDE), "copy")
+            return first + cast + on.moves((s.e + WIDE) * q, others, "copy")
+        zeros = on.moves(WIDE * q, s.inner + 1, "copy") + on.moves(WIDE * kv, s.r / s.inner, "copy")
+        cast = on.moves((WIDE + s.e_g) * s.inner * q, s.e_g != WIDE, "copy")
+        cast += on.moves((WIDE + s.e_g) * s.r / s.inner * kv, s.e_g != WIDE, "copy")
+        return self.copy(3 * s.q) + zeros + cast + on.moves((s.e_g + 2 * WIDE) * q, 1)
 
     def heads_for_tokens(self, way: str) -> Work:
         """Each of q, k, v and out is put in order once, on one side of its exchange; for several sequences on both."""

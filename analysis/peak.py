@@ -133,9 +133,7 @@ class Held:
         beside = again + behind + self.gathered(sum(weights_of) + ahead) - (self.head * s.e if s.stage == 2 else 0)
         swiglu = (6 if s.mlp_chunks > 1 else 4 if s.selective else 3) * w + x + third
         moments = [beside + swiglu, beside + self.norm(4, 2) - of_mlp - x + 3 * third]
-        if (
-            s.gather_kv and not self.account.in_grid
-        ):  # all keys, values and gradients, our own twice; those of q in fp32
+        if s.gather_kv and not self.account.in_grid:  # all keys and gradients, our own twice; those of q in fp32
             keys = 2 * (s.r + 1) * s.kv * (1 + s.e_g / s.e)
             moments.append(beside + keys + (2 + WIDE / s.e) * s.q - of_mlp + 3 * third)
         if s.queries:  # gone, here and on their way, and an output for them; dq that comes and goes; a tile's gradients
@@ -144,7 +142,7 @@ class Held:
             queries = blocks * (2 * s.q + 2 * s.numbers) + s.q + sums * s.q * s.e_g / s.e + 2 * s.kv * WIDE / s.e
             moments.append(beside + queries + 2 * s.q + s.kv - of_mlp - x + 3 * third)
         if self.account.in_grid:
-            moments += [beside + grid - of_mlp - x + 3 * third for grid in self.in_grid(several)]
+            moments += [beside + grid - of_mlp - x + 3 * third for grid in self.in_grid()]
         if travels:  # of gate and up two shards, twice their gradients, and what is added to these; that of x in fp32
             shards = (3 * s.e + 2 * s.e_dw) * 2 * s.d * s.i / s.r
             moments.append(beside + shards + 2 * w + (2 + WIDE / s.e) * x - of_mlp)
@@ -162,20 +160,16 @@ class Held:
             moments.append(messages + s.e * size + self.gathered(ahead) + 2 * x)
         return largest(*moments)
 
-    def in_grid(self, several: int) -> list[Amount]:
-        """Of a row's dO, q and out, and a column's keys and values: sorted as they have come; beside their gradients,
-        those of keys in fp32, and the largest tile's; then in the messages that sum these.
+    def in_grid(self) -> list[Amount]:
+        """A row's dO, q and out, until all others' queries are done, and a column's keys and values; gradients of all,
+        in fp32, and a tile's. Then dq on its way home; and dk and dv.
         """
-        s, sorts = self.s, 1 * (self.s.layout != "contiguous")
-        rows, columns = s.inner * s.q * (s.inner > 1), 2 * s.r / s.inner * s.kv
-        row, e_g, wide = s.inner * s.q, s.e_g / s.e, WIDE / s.e
-        arriving = 3 * rows * (1 + largest(sorts, several)) + columns + 3 * s.q
-        tile = (s.inner - 1) / (2 * s.inner)
-        computed = 4 * row + columns * (1 + wide) + tile * row + columns
-        cast = 1 * (s.e_g != s.e)
-        home = row + columns + row * e_g * (cast + sorts + several)
-        home_too = row * (1 + e_g) + columns + columns * e_g * (1 + sorts + several)
-        return [arriving, computed, home, home_too]
+        s, e_g, wide = self.s, self.s.e_g / self.s.e, WIDE / self.s.e
+        row, column = s.inner * s.q, 2 * s.r / s.inner * s.kv
+        there = column * (s.r > s.inner) + wide * (s.q + row + column)
+        rows = 3 * (row + s.q) * (s.inner > 1)
+        cast, home = e_g * (s.e_g != WIDE), e_g * s.q
+        return [there + rows + largest(s.q + 2 * s.kv, cast * row + home), there + home + cast * column + 2 * e_g * s.kv]
 
     def update(self) -> Amount:
         """Gradients cast to their masters' dtype, and the square of the largest; or all new weights in a message."""

@@ -202,7 +202,7 @@ class Step(Computed):
     def exchanged(self, way: str, lines: Iterable[Sent], half: int | None = None) -> Phase:
         """Waiting for what is sent, and packing it. half: of a block, beside whose products: attention's, the MLP's."""
         found, hops, shards = Phase(), defaultdict(list), defaultdict(list)
-        in_grid: dict[tuple[str, str], dict[str, Amount]] = defaultdict(lambda: defaultdict(float))
+        in_grid: dict[str, dict[tuple[str, str], Amount]] = defaultdict(lambda: defaultdict(float))
         for line in (line for line in lines if line.phase in WAYS[way]):
             us, chunk = line.calls * self.us(line), 1 / self.s.head_chunks
             if line.beside == "attention":
@@ -213,7 +213,7 @@ class Step(Computed):
                 beside = self.gradients("x" if line.kind == "all_gather" else "W", half)
                 found.wait(line.kind, us, self.ahead(beside.us))
             elif line.axis in ("inner", "outer"):
-                in_grid[line.phase, line.kind][line.axis] += us
+                in_grid[line.phase][line.axis, line.kind] += us
             elif line.kind == "all_to_all":  # the first chunk of the heads on its way in, the last one on its way out
                 found.wait(line.kind, us * chunk)
                 beside = self.attention(pass_of(line.phase))
@@ -221,8 +221,8 @@ class Step(Computed):
             else:
                 found.wait(line.kind, us)
             found.work += self.packed(line)
-        for (_, kind), by_axis in in_grid.items():  # along rows and columns at the same time
-            found.wait(kind, np.maximum(by_axis["inner"], by_axis["outer"]))
+        for phase, us_of in in_grid.items():
+            self.across_grid(found, pass_of(phase), us_of)
         for phase, lines in hops.items():
             if self.s.needed:  # one exchange beside a rank's own keys; gradients go back when there are all
                 fetched, *summed = map(self.us, lines)
@@ -233,6 +233,17 @@ class Step(Computed):
         for phase, lines in shards.items():
             found.add(self.shards_come_by(phase, lines, half or 0))
         return found
+
+    def across_grid(self, found: Phase, way: str, us: dict[tuple[str, str], Amount]) -> None:
+        """Along rows and columns at the same time: what arrives, beside a rank's own queries with its own keys; what
+        goes home in the row, beside the rest of its own queries.
+        """
+        own, visiting = (work.us for work in self.blocks_of_attention(way))
+        rest = self.ahead(visiting * (self.s.r / self.s.inner - 1))
+        found.wait("all_gather", np.maximum(us["inner", "all_gather"], us["outer", "all_gather"]), self.ahead(own))
+        found.wait("all_to_all", us["inner", "all_to_all"], rest)
+        late = np.maximum(us["inner", "reduce_scatter"] - rest, us["outer", "reduce_scatter"])
+        found.wait("reduce_scatter", late)
 
     def around_rings(self, found: Phase, way: str, lines: Iterable[Sent]) -> None:
         """Beside a block the next one comes by, and beside all blocks of an inner ring that of the next of these."""

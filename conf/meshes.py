@@ -113,12 +113,6 @@ def best_row(ring: int, model: ModelConfig) -> int:
     return min(divisors(ring), key=lambda row: row + ring // row * model.n_kv_heads / model.n_heads)
 
 
-def in_chunks(config: Config, degrees: Degrees) -> Rule:
-    """Neighbours in rows and columns: of striped tokens no two see the same keys, and each would be a tile alone."""
-    layouts = ["balanced", "contiguous", *(["striped"] if degrees["ring"] == 1 else []), "zigzag"]
-    return Rule("ring.layout", config.ring.layout, "leaves rows and columns no neighbours", layouts)
-
-
 Fill = Callable[[Config, int, list[str]], Degrees]
 
 
@@ -176,7 +170,7 @@ STRATEGIES = {
     ),
     "odysseus": Footing(("tp", "ring"), (heads, sequence, arranged), widest_tp),
     "mesh_attention": Footing(
-        ("ring",), (sequence, arranged, in_chunks), fixed={"ring.kv": "all_gather", "ring.backward": "kv"}
+        ("ring",), (sequence, arranged), fixed={"ring.kv": "all_gather", "ring.backward": "kv"}
     ),
     "tsp": Footing(("ring",), (sequence,), fixed={"ring.kv": "all_gather", "ring.backward": "kv", "mlp.chunks": 1}),
 }

@@ -21,7 +21,6 @@ from conf.keys import (
 from conf.mask import PLAIN, Mask
 
 LAYOUTS, KV = keys()["ring.layout"].choices, keys()["ring.kv"].choices
-IN_CHUNKS = [layout for layout in LAYOUTS if layout != "striped"]  # of a rank's tokens most are neighbours
 DOCUMENTS = str(Path(__file__).parent / "documents.txt")  # of 1 token, a rank's part, more than that, a whole sequence
 
 
@@ -122,7 +121,7 @@ def cases(world_size: int) -> list[Case]:
     if n == 4:
         found += [
             Case("mesh_attention", ring=4, inner=2, kv="all_gather", layout=layout)
-            for layout in IN_CHUNKS
+            for layout in LAYOUTS
             if layout != "zigzag"
         ]
         found += [Case("mesh_attention", dp=2, ring=2, inner=2, kv="all_gather", zero_stage=1)]
@@ -208,7 +207,7 @@ MASKED = [  # the same with documents and windows
     *(Case("ring", ring=4, layout=layout, kv="needed", window=21) for layout in LAYOUTS),
     *(
         Case("mesh_attention", ring=4, inner=2, kv="all_gather", layout=layout, documents=True, window=7)
-        for layout in IN_CHUNKS
+        for layout in LAYOUTS
     ),
     Case("ring", ring=4, backward="q", documents=True),
     Case("ring", ring=4, inner=2, layout="balanced", documents=True),

@@ -50,7 +50,6 @@ WRONG = {  # overrides -> what the one sentence says
     "strategy=tsp ring.inner=2": "ring.inner=2: with ring.kv=all_gather nothing goes around the ring; null would do",
     "strategy=ring world_size=8 ring.inner=3": "ring.inner=3 must divide mesh.ring = 8; 2 or 4 would do",
     "strategy=mesh_attention world_size=8 ring.inner=6": "ring.inner=6 must divide mesh.ring = 8; 4 or 8 would do",
-    "strategy=mesh_attention ring.layout=striped": "ring.layout=striped leaves rows and columns no neighbours; contig",
     "strategy=ring ring.cycles=all": "ring.cycles=all is a placement of hops that is simulated alone, and mode=real",
     "strategy=ring mode=simulate world_size=8 ring.inner=2 ring.cycles=all": "takes all links, and ring.inner=2 some",
     "strategy=ring mode=simulate world_size=4 ring.cycles=all": "mesh.ring=4: its links make no rings that share none",

@@ -31,12 +31,27 @@ def tiled_backward(
         return kernel.backward(grad, q, k, v, out, lse, tiles[0].causal, tiles[0].windowed)
     grad_q = torch.zeros_like(q)
     grad_k, grad_v = (torch.zeros_like(t, dtype=wide(t.dtype)) for t in (k, v))
+    add_backward((grad_q, grad_k, grad_v), grad, q, k, v, out, lse, tiles, kernel)
+    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
+def add_backward(
+    grads: Grads,
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tiles: Sequence[Tile],
+    kernel: Kernel,
+) -> None:
+    """Add to the gradients of q, k and v what these tiles have to give."""
     for tile in tiles:
         part = grad[tile.queries], q[tile.queries], k[tile.keys], v[tile.keys], out[tile.queries], lse[tile.lse]
-        grad_q[tile.queries], of_k, of_v = kernel.backward(*part, tile.causal, tile.windowed)
-        grad_k[tile.keys].add_(of_k)
-        grad_v[tile.keys].add_(of_v)
-    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
+        places = tile.queries, tile.keys, tile.keys
+        for whole, place, of_tile in zip(grads, places, kernel.backward(*part, tile.causal, tile.windowed), strict=True):
+            whole[place].add_(of_tile)
 
 
 def whole(tiles: Sequence[Tile], q: Tensor, k: Tensor) -> bool:

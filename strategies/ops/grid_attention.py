@@ -1,119 +1,133 @@
 """Attention on a grid of ranks: a row's queries against a column's keys (Mesh-Attention, StarTrail).
 
 The N ranks of a ring, c of them in a row (ring.inner) and N / c in a column, each own S/N tokens. A rank gathers the
-queries of its row and the keys and values of its column, and attends. Parts of outputs go back to the owners of the
-queries, with their log-sum-exp, and are merged there, in fp32: a reduce-scatter would send as much.
+queries of its row and the keys and values of its column. While they arrive it computes its own queries with its own
+keys, then those of others; and while these parts of outputs, and their log-sum-exp, are on their way home, where they
+are merged in fp32, the rest of its own. A reduce-scatter would send as much.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from strategies.ops.attention import attend, tiled_backward, tiled_forward
+from strategies.ops.attention import add_backward, attend
 from strategies.ops.collectives import Pending, exchange, start_all_gather, start_reduce_scatter
-from strategies.ops.kernels import Grads, accumulator, merge
-from strategies.ops.layouts import positions, visible
+from strategies.ops.hooks import hooks
+from strategies.ops.kernels import merge, wide
+from strategies.ops.layouts import Tile, tiles_of
 from strategies.ops.mesh import Axis
 from strategies.ops.options import Options
-from strategies.ops.travels import travelling_dtype
-
-TOKENS = 2  # the dimension of them in a message [n, B, S, ..]
+from strategies.ops.ring_attention import attend_to, attend_too
+from strategies.ops.travels import Visit, looks, travelling_dtype
 
 
 class GridAttention(Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, axis: Axis, options: Options) -> Tensor:
-        ctx.options, ctx.sides = options, sides(axis, q.shape[1], options)
-        ctx.row, ctx.column = ctx.sides
-        local_kv = torch.stack([k, v])
-        arriving_q, arriving_kv = ctx.row.gather(q[None]), ctx.column.gather(local_kv)
-        (row_q,), column_kv = arriving_q(), arriving_kv()  # [B, S_row, H, K], [2, B, S_column, G, K]
-        ctx.tiles = list(visible(options.mask, ctx.row.positions, ctx.column.positions))
-        parts = tiled_forward(row_q, *column_kv, ctx.tiles, options.kernel)
-        outs, lses = (ctx.row.send(part) for part in (parts[0][None], parts[1].transpose(1, 2)[None]))
-        out, lse = merged(outs.wait(), lses.wait(), ctx.row.axis.rank)
+        grid, local_kv, kernel = Grid(axis, q.shape[1], options), torch.stack([k, v]), options.kernel
+        queries, keys = Blocks(q, grid.row), Blocks(local_kv, grid.column)
+        outs = q.new_empty(grid.row.size - 1, *q.shape)  # of others' queries, by rank
+        lses = q.new_empty(grid.row.size - 1, len(q), q.shape[2], q.shape[1], dtype=wide(q.dtype))
+        visits = grid.visits(grid.row.rank, keys)
+        out, lse = attend_to(q, next(visits), kernel)
+        for place in grid.others():
+            visits_of_other, number = grid.visits(place, keys), place - (place > grid.row.rank)
+            part = attend_to(queries.of(place), next(visits_of_other), kernel)
+            attend_too(*part, queries.of(place), visits_of_other, kernel)
+            outs[number], lses[number] = part
+        arriving = [grid.send(part) for part in (outs, lses)]
+        attend_too(out, lse, q, visits, kernel)
+        for part in zip(*(parts.wait() for parts in arriving), strict=True):
+            merge(out, lse, *part)
+        ctx.grid, ctx.options = grid, options
         ctx.save_for_backward(q, local_kv, out := out.to(q.dtype), lse)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        row_grad_q, *column_grad_kv = backward_of_tiles(ctx, grad)
-        dtype = travelling_dtype(grad.dtype, ctx.options)
-        summing = ctx.row.sum(row_grad_q[None].to(dtype)), ctx.column.sum(torch.stack(column_grad_kv).to(dtype))
-        (grad_q,), (grad_k, grad_v) = (each.wait().to(grad.dtype) for each in summing)
-        return grad_q, grad_k, grad_v, None, None
+        (q, local_kv, out, lse), grid, options = ctx.saved_tensors, ctx.grid, ctx.options
+        queries, lses = Blocks(torch.stack([grad, q, out]), grid.row), Blocks(lse, grid.row)
+        keys, dtype = Blocks(local_kv, grid.column), travelling_dtype(q.dtype, options)
+        grad_q = torch.zeros_like(q, dtype=wide(q.dtype))
+        grads_q = grad_q.new_zeros(grid.row.size, *q.shape)  # of others' queries
+        grads_kv = grad_q.new_zeros(grid.column.size, *local_kv.shape)
+
+        def add(grad_q: Tensor, rows: Iterable[Tensor], lse: Tensor, visits: Iterable[Visit]) -> None:
+            grad, q, out = rows
+            for source, (kv,), tiles in visits:
+                tensors = grad, q, *kv, out, lse
+                add_backward((grad_q, *grads_kv[source]), *tensors, tiles, options.kernel)
+
+        own, visits = (grad, q, out), grid.visits(grid.row.rank, keys)
+        add(grad_q, own, lse, [next(visits)])
+        for place in grid.others():
+            add(grads_q[place], queries.of(place), lses.of(place), grid.visits(place, keys))
+        of_q = summed(grads_q.to(dtype), grid.row)
+        del queries, lses, grads_q  # room for the rest
+        add(grad_q, own, lse, visits)
+        of_kv = summed(grads_kv.to(dtype), grid.column)
+        grad_q = grad_q.add_(of_q.wait()[0]).to(q.dtype)
+        return grad_q, *of_kv.wait()[0].to(q.dtype), None, None
 
 
-def backward_of_tiles(ctx: Any, grad: Tensor) -> Grads:
-    """Of all queries of the row, keys and values of the column; what is gathered for it goes when it is done."""
-    q, local_kv, out, lse = ctx.saved_tensors
-    arriving = ctx.row.gather(torch.stack([grad, q, out])), ctx.row.gather(lse.transpose(1, 2)[None])
-    arriving_kv = ctx.column.gather(local_kv)
-    (row_grad, row_q, row_out), (row_lse,) = (arrived() for arrived in arriving)
-    column_k, column_v = arriving_kv()
-    tensors = row_grad, row_q, column_k, column_v, row_out, row_lse.transpose(1, 2)
-    return tiled_backward(*tensors, ctx.tiles, ctx.options.kernel)
+class Grid:
+    """Who owns what. Places are those of ranks in the row of this one, sources those in its column."""
+
+    def __init__(self, ring: Axis, local_seq_len: int, options: Options) -> None:
+        self.ring, self.local_seq_len, self.options = ring, local_seq_len, options
+        self.row, self.column = ring.parts
+
+    def tiles(self, place: int, source: int, local_seq_len: int) -> list[Tile]:
+        """What its queries see of its keys."""
+        owners = self.ring.rank - self.row.rank + place, self.row.rank + source * self.row.size
+        return tiles_of(*owners, self.ring.size, local_seq_len, self.options)
+
+    def others(self) -> Iterator[int]:
+        """The row without this rank; those that are run (ops/hooks.py)."""
+
+        def look(hop: int) -> list[Any]:
+            tiles = partial(self.tiles, (self.row.rank - 1 - hop) % self.row.size)
+            return [looks(tiles, source, self.options) for source in range(self.column.size)]
+
+        for hop in hooks.hops(self.row.size - 1, look):
+            yield (self.row.rank - 1 - hop) % self.row.size
+
+    def visits(self, place: int, keys: "Blocks") -> Iterator[Visit]:
+        """To the queries of a rank in the row: the keys and values of the column, our own first."""
+        for hop in range(self.column.size):
+            source = (self.column.rank - hop) % self.column.size
+            yield Visit(source, (keys.of(source),), self.tiles(place, source, self.local_seq_len))
+
+    def send(self, parts: Tensor) -> Pending:
+        """A part to each other rank of the row -> Pending of what they have for us."""
+        each = [int(place != self.row.rank) for place in range(self.row.size)]
+        return exchange(parts, each, each, self.row) if self.row.size > 1 else Pending([], (parts,), lambda parts: parts)
 
 
-def merged(outs: Tensor, lses: Tensor, own: int) -> tuple[Tensor, Tensor]:
-    """Of our tokens' outputs [c, 1, B, S, H, K] and log-sum-exps [c, 1, B, S, H] over each column's keys, over all.
+class Blocks:
+    """What the ranks along an axis own: ours is there, the others' are waited for when they are asked for."""
 
-    Our own part comes first: there every query sees itself.
-    """
-    out, lse = accumulator(outs[own, 0]), lses[own, 0].transpose(1, 2).contiguous()
-    for other in (column for column in range(len(outs)) if column != own):
-        merge(out, lse, outs[other, 0], lses[other, 0].transpose(1, 2))
-    return out, lse
+    def __init__(self, own: Tensor, axis: Axis) -> None:
+        self.own, self.rank = own, axis.rank
+        self.all: Tensor | None = None
+        if axis.size > 1:
+            self.arriving = start_all_gather(own[None], 0, axis)
 
-
-class Side:
-    """The tokens of a row or of a column, in the order of the sequence. All messages are [n, B, S, ..]."""
-
-    def __init__(self, axis: Axis, owned: Sequence[np.ndarray]) -> None:
-        """owned: of each rank along the axis, the positions of its tokens."""
-        self.axis, at = axis, np.concatenate(owned)
-        order = np.argsort(at)
-        self.positions, self.order, self.back = at[order], torch.from_numpy(order), torch.from_numpy(np.argsort(order))
-        self.in_order = bool((order[1:] > order[:-1]).all())
-
-    def ordered(self, x: Tensor, order: Tensor) -> Tensor:
-        return x if self.in_order else x.index_select(TOKENS, order.to(x.device))
-
-    def gather(self, x: Tensor) -> Callable[[], Tensor]:
-        """This rank's x -> a function that waits for that of all."""
-        if self.axis.size == 1:
-            return lambda: x
-        arriving = start_all_gather(x, TOKENS, self.axis)
-        return lambda: self.ordered(arriving.wait(), self.order)
-
-    def send(self, x: Tensor) -> Pending:
-        """What we have of all tokens, to their owners -> [ranks, n, B, S_local, ..], what each has of ours."""
-        parts = self.ordered(x, self.back).unflatten(TOKENS, (self.axis.size, -1)).movedim(TOKENS, 0)
-        if self.axis.size == 1:
-            return Pending([], (parts,), lambda parts: parts)
-        each = [1] * self.axis.size
-        return exchange(parts, each, each, self.axis)
-
-    def sum(self, x: Tensor) -> Pending:
-        """What we have of all tokens -> the ranks' sum of ours."""
-        if self.axis.size == 1:
-            return Pending([], (x,), lambda x: x)
-        return start_reduce_scatter(self.ordered(x, self.back), TOKENS, self.axis)
+    def of(self, place: int) -> Tensor:
+        if place == self.rank:
+            return self.own
+        if self.all is None:
+            self.all = self.arriving.wait()
+        return self.all[place]
 
 
-def sides(ring: Axis, local_seq_len: int, options: Options) -> tuple[Side, Side]:
-    """The row and the column of this rank."""
-    known, key = options.mask.known, ("sides", ring, local_seq_len, options.ring.layout, options.ring.chunk)
-    if key not in known:
-        owned = [positions(rank, ring.size, ring.size * local_seq_len, options) for rank in range(ring.size)]
-        row, column = ring.parts
-        start = ring.rank - row.rank
-        known[key] = Side(row, owned[start : start + row.size]), Side(column, owned[row.rank :: row.size])
-    return known[key]
+def summed(x: Tensor, axis: Axis) -> Pending:
+    """[size, ..], of all along the axis -> Pending of the ranks' sum of ours, [1, ..]."""
+    return start_reduce_scatter(x, 0, axis) if axis.size > 1 else Pending([], (x,), lambda x: x)
 
 
 def grid_attention(q: Tensor, k: Tensor, v: Tensor, axis: Axis, options: Options) -> Tensor:

@@ -250,7 +250,7 @@ def merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> Non
     """
     weight = torch.sigmoid(block_lse - lse).transpose(1, 2).unsqueeze(-1)  # the block's share of the softmax
     out.lerp_(block_out.to(out.dtype), weight.to(out.dtype))
-    lse -= F.logsigmoid(lse - block_lse)
+    torch.logaddexp(lse, block_lse, out=lse)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

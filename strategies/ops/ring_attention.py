@@ -10,7 +10,7 @@ How they come by is ring.kv. Over P ranks:
                  backward again, and sends their gradients back the same way.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -29,16 +29,10 @@ class RingAttention(Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, axis: Axis, options: Options) -> Tensor:
         local_kv = torch.stack([k, v])  # [2, B, S_ring, G, K]: travels as one message
-        for source, (kv,), tiles in TRAVELS[options.ring.kv](local_kv, axis, options).visits():
-            if source == axis.rank:  # our own block comes first, and every query sees some of it
-                out, lse = tiled_forward(q, *kv, tiles, options.kernel)
-                out = accumulator(out)
-                continue
-            for tile in tiles:
-                part = q[tile.queries], *(t[tile.keys] for t in kv)
-                merge(out[tile.queries], lse[tile.lse], *options.kernel.forward(*part, tile.causal, tile.windowed))
-        out = out.to(q.dtype)
-        ctx.save_for_backward(q, local_kv, out, lse)
+        visits = TRAVELS[options.ring.kv](local_kv, axis, options).visits()
+        out, lse = attend_to(q, next(visits), options.kernel)  # our own block comes first
+        attend_too(out, lse, q, visits, options.kernel)
+        ctx.save_for_backward(q, local_kv, out := out.to(q.dtype), lse)
         ctx.axis, ctx.options = axis, options
         return out
 
@@ -46,6 +40,21 @@ class RingAttention(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         backward = BACKWARD[ctx.options.ring.backward]
         return *backward(grad, *ctx.saved_tensors, ctx.axis, ctx.options), None, None
+
+
+def attend_to(q: Tensor, visit: Visit, kernel: Kernel) -> tuple[Tensor, Tensor]:
+    """A block of keys and values -> out [B, S, H, K], in at least fp32, and lse [B, H, S]."""
+    (kv,) = visit.block
+    out, lse = tiled_forward(q, *kv, visit.tiles, kernel)
+    return accumulator(out), lse
+
+
+def attend_too(out: Tensor, lse: Tensor, q: Tensor, visits: Iterable[Visit], kernel: Kernel) -> None:
+    """Fold in more keys and values, a block after the other."""
+    for _, (kv,), tiles in visits:
+        for tile in tiles:
+            part = q[tile.queries], *(t[tile.keys] for t in kv)
+            merge(out[tile.queries], lse[tile.lse], *kernel.forward(*part, tile.causal, tile.windowed))
 
 
 def backward_of_visiting_keys(

@@ -108,21 +108,20 @@ class Rotate:
         """like: the gradient of what we own. tiles: of what another rank owns, where each owns so many tokens."""
         self.tiles, dtype = tiles, travelling_dtype(like.dtype, options)
 
-        def looks(source: int) -> Any:
-            even = options.mask.plain and options.ring.layout != "balanced"
-            return tiles(source, SHORT) if even else source
+        def look(source: int) -> Any:
+            return looks(tiles, source, options)
 
         if axis.parts is None:
-            hops = hooks.hops(axis.size, lambda hop: looks((axis.rank - hop) % axis.size))
+            hops = hooks.hops(axis.size, lambda hop: look((axis.rank - hop) % axis.size))
             self.ring: Ring | DoubleRing = Ring(block, like, dtype, axis, hops)
             return
         inner, outer = axis.parts
 
-        def looks_around(hop: int) -> Any:
+        def look_around(hop: int) -> Any:
             ring = (outer.rank - hop) % outer.size
-            return [looks(ring * inner.size + place) for place in range(inner.size)]
+            return [look(ring * inner.size + place) for place in range(inner.size)]
 
-        hops = hooks.hops(outer.size, looks_around)
+        hops = hooks.hops(outer.size, look_around)
         self.ring = DoubleRing(block, like, dtype, axis, hops)
 
     def visits(self) -> Iterator[Visit]:
@@ -134,6 +133,12 @@ class Rotate:
 
     def own_grad(self) -> Tensor:
         return self.ring.own_grad()
+
+
+def looks(tiles: Callable[[int, int], list[Tile]], source: int, options: Options) -> Any:
+    """What tells a visit from others: which tiles there are, or, where tokens are not split by a rule, whose it is."""
+    even = options.mask.plain and options.ring.layout != "balanced"
+    return tiles(source, SHORT) if even else source
 
 
 class Gather:
