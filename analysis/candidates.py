@@ -155,7 +155,7 @@ class Space:
 
     def inner_rings(self, config: Config, ring: int, stride: int, scenario: Scenario) -> list[int]:
         """Of mesh_attention rows; of a ring over several nodes one, or rings inside these."""
-        in_grid = config.strategy.name == "mesh_attention"
+        in_grid = meshes.footing_of(config.strategy.name).grid
         if in_grid and "ring.inner" not in self.given:
             return [meshes.best_row(ring, config.model)] if scenario.usual else [*divisors(ring)]
         here = self.machine.ranks_per_node // stride

@@ -169,7 +169,10 @@ class Held:
         there = column * (s.r > s.inner) + wide * (s.q + row + column)
         rows = 3 * (row + s.q) * (s.inner > 1)
         cast, home = e_g * (s.e_g != WIDE), e_g * s.q
-        return [there + rows + largest(s.q + 2 * s.kv, cast * row + home), there + home + cast * column + 2 * e_g * s.kv]
+        return [
+            there + rows + largest(s.q + 2 * s.kv, cast * row + home),
+            there + home + cast * column + 2 * e_g * s.kv,
+        ]
 
     def update(self) -> Amount:
         """Gradients cast to their masters' dtype, and the square of the largest; or all new weights in a message."""

@@ -57,10 +57,15 @@ def shares_of_heads(config: Config) -> list[int]:
     return [ranks for ranks in divisors(n_heads) if n_kv_heads % ranks == 0 or ranks % n_kv_heads == 0]
 
 
-def head_chunks(config: Config, degrees: Degrees) -> Rule:
-    """A rank's heads, and its kv heads (copies included), in equal chunks."""
+def heads_of_rank(config: Config, degrees: Degrees) -> tuple[int, int]:
+    """In attention: its heads, and its kv heads, copies included."""
     ranks = degrees["ulysses"] * degrees.get("tp", 1)
-    n_heads, n_kv_heads = config.model.n_heads // ranks, max(1, config.model.n_kv_heads // ranks)
+    return config.model.n_heads // ranks, max(1, config.model.n_kv_heads // ranks)
+
+
+def head_chunks(config: Config, degrees: Degrees) -> Rule:
+    """A rank's heads, and its kv heads, in equal chunks."""
+    n_heads, n_kv_heads = heads_of_rank(config, degrees)
     return Rule(
         "ulysses.chunks",
         config.ulysses.chunks,
@@ -71,8 +76,7 @@ def head_chunks(config: Config, degrees: Degrees) -> Rule:
 
 def head_stages(config: Config, degrees: Degrees) -> Rule:
     """A rank's heads in equal stages, which have whole kv heads each, or share one in equal numbers."""
-    ranks = degrees["ulysses"]
-    n_heads, n_kv_heads = config.model.n_heads // ranks, max(1, config.model.n_kv_heads // ranks)
+    n_heads, n_kv_heads = heads_of_rank(config, degrees)
     return Rule(
         "ulysses.stages",
         config.ulysses.stages_of(n_heads),
@@ -145,13 +149,14 @@ def two_for_each(config: Config, free: int, left_open: list[str]) -> Degrees:
 
 @dataclass(frozen=True)
 class Footing:
-    """Where a strategy can stand: its axes beside dp, its rules, how open axes share the ranks; and `fixed`, keys that
-    it has one value of."""
+    """Where a strategy can stand: its axes beside dp, its rules, how open axes share the ranks; `fixed`, keys that it
+    has one value of; and `grid`, are the ranks of its ring in rows and columns (ring.inner)?"""
 
     axes: tuple[str, ...] = ()
     needs: tuple[Needs, ...] = ()
     fill: Fill = first_takes_all
     fixed: Mapping[str, object] = field(default_factory=dict)
+    grid: bool = False
 
 
 STRATEGIES = {
@@ -170,7 +175,7 @@ STRATEGIES = {
     ),
     "odysseus": Footing(("tp", "ring"), (heads, sequence, arranged), widest_tp),
     "mesh_attention": Footing(
-        ("ring",), (sequence, arranged), fixed={"ring.kv": "all_gather", "ring.backward": "kv"}
+        ("ring",), (sequence, arranged), fixed={"ring.kv": "all_gather", "ring.backward": "kv"}, grid=True
     ),
     "tsp": Footing(("ring",), (sequence,), fixed={"ring.kv": "all_gather", "ring.backward": "kv", "mlp.chunks": 1}),
 }

@@ -192,7 +192,7 @@ def check_ring(config: Config) -> None:
         default = keys()[path].default or "null"
         if value and "ring" not in meshes.footing_of(name).axes:
             raise Invalid(f"{path}={value}: strategy {name} has no ring axis; {default} would do")
-        if value and path != "ring.kv" and ring.kv != "rotate" and name != "mesh_attention":
+        if value and path != "ring.kv" and ring.kv != "rotate" and not meshes.footing_of(name).grid:
             raise Invalid(f"{path}={value}: with ring.kv={ring.kv} nothing goes around the ring; {default} would do")
 
 
@@ -215,8 +215,8 @@ def check_cycles(config: Config) -> None:
 
 
 def fill_rows(config: Config) -> None:
-    """Of mesh_attention."""
-    if config.strategy.name == "mesh_attention" and config.ring.inner is None:
+    """Of a grid."""
+    if meshes.footing_of(config.strategy.name).grid and config.ring.inner is None:
         config.ring.inner = meshes.best_row(config.mesh.ring or 1, config.model)
 
 

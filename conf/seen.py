@@ -12,8 +12,9 @@ import numpy as np
 from conf.dealing import deal
 from conf.keys import Config
 from conf.mask import Mask
+from conf.meshes import footing_of
 
-FORWARD = 4 / 14  # of what a pair costs (Dao 2023, section 3.1)
+PAIR, PAIR_BACKWARD = 4, 10  # FLOP for each K of a head, of a query and a key that it sees (Dao 2023, section 3.1)
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class Seen:
     pairs: np.ndarray
     backward: np.ndarray
     keys: np.ndarray
+
+    @property
+    def work(self) -> np.ndarray:
+        """[r]: FLOP for each K of a head."""
+        return PAIR * self.pairs + PAIR_BACKWARD * self.backward
 
     @property
     def sent(self) -> np.ndarray:
@@ -63,7 +69,7 @@ def of_ring(config: Config, mask: Mask, sequences: int) -> Seen:
     ring, tokens = config.mesh.ring or 1, np.arange(config.seq_len)
     owner, first = owners(config, mask), mask.first(tokens)
     times = sequences // len(first)  # each row stands for as many sequences
-    if config.strategy.name == "mesh_attention":
+    if footing_of(config.strategy.name).grid:
         pairs = times * of_grid(owner, first, config.ring.inner or 1, ring)
     else:
         pairs = times * np.bincount(owner, (tokens - first + 1).sum(0), minlength=ring)
@@ -123,6 +129,7 @@ def of_rank(config: Config, mask: Mask, dp: int | None, ring: int | None) -> dic
                 {
                     "pairs": sum(of.pairs[rank] for of in micro) / n,
                     "pairs_backward": sum(of.backward[rank] for of in micro) / n,
+                    "work": sum(of.work[rank] for of in micro) / n,
                     "sent": sum(sent) / n,
                     "received": sum(received) / n,
                     "sends": sum(keys > 0 for keys in sent) / n,
@@ -130,14 +137,13 @@ def of_rank(config: Config, mask: Mask, dp: int | None, ring: int | None) -> dic
                 }
             )
     most = max(found, key=lambda rank: rank["sent"] + rank["received"])
-    works = max(found, key=lambda rank: FORWARD * rank["pairs"] + (1 - FORWARD) * rank["pairs_backward"])
+    works = max(found, key=lambda rank: rank["work"])
     return {**most, **{name: works[name] for name in ("pairs", "pairs_backward")}}
 
 
 def work_max_by_mean(config: Config, mask: Mask) -> float:
     """Of what ranks compute in a step, that of the one with most over their mean, counted token by token."""
     by_rank = [  # of dp x ring; along tp and ulysses all compute as much
-        np.sum([FORWARD * micro.pairs + (1 - FORWARD) * micro.backward for micro in seen(config, mask, dp)], axis=0)
-        for dp in range(config.mesh.dp or 1)
+        np.sum([micro.work for micro in seen(config, mask, dp)], axis=0) for dp in range(config.mesh.dp or 1)
     ]
     return float(np.max(by_rank) / np.mean(by_rank))

@@ -12,14 +12,13 @@ from typing import Any
 from analysis import UserError
 from analysis.accounts.account import Account
 from analysis.accounts.comparison import compared
-from analysis.accounts.flops import PAIR, PAIR_BACKWARD
 from analysis.accounts.letters import Letters, part
 from analysis.accounts.sent import Sent, total
 from conf import seen
 from conf.keys import Config
 from conf.mask import Mask
 
-WORK = PAIR + PAIR_BACKWARD  # of a pair
+WORK = seen.PAIR + seen.PAIR_BACKWARD  # of a pair
 EXACT = 1e-12  # of whole numbers, as far as floating point has them
 
 

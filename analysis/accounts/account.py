@@ -12,6 +12,7 @@ from analysis.accounts.letters import WIDE, Amount, Letters
 from analysis.accounts.published import Published
 from analysis.accounts.sent import Sent, something
 from analysis.accounts.weights import Group
+from conf.seen import PAIR, PAIR_BACKWARD
 
 Exchange = Callable[[Letters], list[Sent]]
 
@@ -87,7 +88,7 @@ class Account:
         """workload=attention: what it computes between the projections of one block."""
         if backward and s.queries:
             return flops.where_queries_travel(s)
-        return (flops.PAIR + backward * flops.PAIR_BACKWARD) * s.K * self.pairs(s)
+        return (PAIR + backward * PAIR_BACKWARD) * s.K * self.pairs(s)
 
     def saved_by_block(self, s: Letters) -> Amount:
         """Bytes that a block keeps for its backward.

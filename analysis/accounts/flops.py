@@ -10,9 +10,9 @@ import numpy as np
 
 from analysis.accounts.letters import Amount, Letters
 from analysis.accounts.weights import Group
+from conf.seen import PAIR, PAIR_BACKWARD
 
 WEIGHT = 2 + 4
-PAIR, PAIR_BACKWARD = 4, 10
 
 
 def of_matrices(groups: Iterable[Group], s: Letters) -> Amount:

@@ -6,7 +6,7 @@ import numpy as np
 
 from bench.workloads.data import mask_of_step
 from conf.keys import PLACEMENTS, Config
-from conf.meshes import place
+from conf.meshes import footing_of, place
 from conf.seen import seen, special
 
 FEW = 8  # ranks with different tokens
@@ -56,7 +56,7 @@ def ends_of_ring(config: Config) -> set[int]:
     Of a grid the last row's first column computes most, for its keys come first; how tiles lie decides who holds most.
     """
     ring, inner = config.mesh.ring or 1, config.ring.inner
-    if config.strategy.name == "mesh_attention":
+    if footing_of(config.strategy.name).grid:
         return {0, ring - (inner or 1), ring - 1}
     ends = {0, ring - 1} if config.ring.backward == "q" or inner else {ring - 1}
     return ends | ({inner - 1, ring - inner} if inner else set())
@@ -76,8 +76,7 @@ def busiest_ranks(config: Config) -> list[int]:
     found = set(places)
     if len(places) > FEW:
         ranks = [
-            np.stack([[m.pairs + m.backward, m.sent, m.received] for m in seen(config, mask, each)]).sum(0)
-            for each in range(dp)
+            np.stack([[m.work, m.sent, m.received] for m in seen(config, mask, each)]).sum(0) for each in range(dp)
         ]
         found = {tuple(map(int, np.unravel_index(of.argmax(), of.shape))) for of in np.stack(ranks, 1)}  # [dp, ring]
     return sorted({rank for each in found for rank in (places[each][0], places[each][-1])})

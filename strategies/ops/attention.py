@@ -50,7 +50,9 @@ def add_backward(
     for tile in tiles:
         part = grad[tile.queries], q[tile.queries], k[tile.keys], v[tile.keys], out[tile.queries], lse[tile.lse]
         places = tile.queries, tile.keys, tile.keys
-        for whole, place, of_tile in zip(grads, places, kernel.backward(*part, tile.causal, tile.windowed), strict=True):
+        for whole, place, of_tile in zip(
+            grads, places, kernel.backward(*part, tile.causal, tile.windowed), strict=True
+        ):
             whole[place].add_(of_tile)
 
 

@@ -105,7 +105,9 @@ class Grid:
     def send(self, parts: Tensor) -> Pending:
         """A part to each other rank of the row -> Pending of what they have for us."""
         each = [int(place != self.row.rank) for place in range(self.row.size)]
-        return exchange(parts, each, each, self.row) if self.row.size > 1 else Pending([], (parts,), lambda parts: parts)
+        return (
+            exchange(parts, each, each, self.row) if self.row.size > 1 else Pending([], (parts,), lambda parts: parts)
+        )
 
 
 class Blocks:

@@ -2,9 +2,8 @@
 
 announce     the ledger: what the traffic inside means, where the dispatched operation alone does not say it
 backend_of   the emulator: the backend whose messages a made-up process group stands for
-hops         the simulator: which hops around a ring are run, where one can be counted for others that are alike: by
-             what queries see of the block that visits, or by what the caller says that a hop is
-
+hops         the simulator: which hops around a ring, or blocks of a grid's row, are run, where one can be counted for
+             others that are alike, by what queries see there or by what the caller says that a hop is
 
 And one thing is said to all of them: `again`, that a backward makes again what forward has made already.
 """
