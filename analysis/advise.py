@@ -381,14 +381,14 @@ def verified(found: Advice, overrides: Sequence[str], rows: pd.DataFrame) -> tup
 
 def write(found: Advice, out: Path) -> Path:
     """The page, the map as a picture, and all that was priced. Raises UserError where nothing can be written."""
-    from analysis import plots
+    from analysis import interactive, plots
 
     try:
         check_writable(out.parent)
         out.mkdir(parents=True, exist_ok=True)
         exported(found).to_csv(out / "advise.csv", index=False)
-        picture = plots.svg_of(plots.winners(squares(found))).decode()
-        (out / "map.svg").write_text(picture, encoding="utf-8")
+        picture = plots.winners(squares(found))
+        (out / "map.svg").write_bytes(plots.svg_of(picture))
         page = TEMPLATES.get_template("advise.html").render(
             heading=heading(found),
             best=table(found, found.best).to_dict("records"),
@@ -396,7 +396,7 @@ def write(found: Advice, out: Path) -> Path:
             ties=list(ties(found)) if len(found.best) else ["Nothing fits."],
             others=found.others,
             otherwise=found.otherwise,
-            picture=picture[picture.index("<svg") :],
+            picture=interactive.inlined(picture, "who is fastest"),
         )
         (out / "index.html").write_text(page, encoding="utf-8")
     except FileFault as fault:

@@ -1,11 +1,12 @@
 """The pictures of a report. Each function draws one from a sweep, or raises Unavailable and says why not.
 
 Every axis has a unit, every strategy its colour and marker (analysis/looks.py), and a title says what to look for.
+Marks that are configurations are told which: a page shows it where one points (analysis/interactive.py).
 """
 
 import io
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -24,8 +25,10 @@ from matplotlib.ticker import FuncFormatter, LogFormatter, PercentFormatter
 
 from analysis import fits, machine
 from analysis.curves import Fit, Points
+from analysis.interactive import marked
 from analysis.looks import colour, marker
 from analysis.reading import Sweep
+from analysis.results import each_told, parts_told, told
 from analysis.tasks import MACHINE, OF_A_TASK, Task, alike, at_longest, grouped, having, named, timed
 from conf.keys import keys
 from conf.labels import where
@@ -98,8 +101,10 @@ def loss_curves(sweep: Sweep) -> Figure:
         how = style(row.label, row.strategy, lines)
         if len(rows) > MOST_BARS:
             how["label"] = None
-        top.plot(steps, losses, **how, linewidth=max(0.8, 5 - 4 * n / len(rows)), alpha=0.7)
-        bottom.plot(steps, np.maximum(far, 1e-9), **{**how, "label": None}, linewidth=1)
+        (line,) = top.plot(steps, losses, **how, linewidth=max(0.8, 5 - 4 * n / len(rows)), alpha=0.7)
+        (below,) = bottom.plot(steps, np.maximum(far, 1e-9), **{**how, "label": None}, linewidth=1)
+        marked(line, [f"{row.label}\nstep {n}: loss {loss:.6f}" for n, loss in enumerate(losses, 1)], row.label)
+        marked(below, [f"{row.label}\nstep {n}: {off:.1e} off" for n, off in enumerate(far, 1)], row.label)
     top.set_ylabel("loss (nats a token)")
     several = f", {len(rows)} configurations" if len(rows) > MOST_BARS else ""
     at = f"seq_len={int(rows[0].seq_len)}{several}"
@@ -135,8 +140,10 @@ def time_and_throughput(sweep: Sweep) -> Figure:
         for label, part in group_but(timed, "seq_len"):
             how = style(label, part.strategy.iloc[0], lines)
             spread = [part.step_ms_median - part.step_ms_p10, part.step_ms_p90 - part.step_ms_median]
-            axes[0].errorbar(part.seq_len, part.step_ms_median, yerr=spread, capsize=2, linewidth=1.2, **how)
-            axes[1].plot(part.seq_len, part.tokens_per_s, linewidth=1.2, **how)
+            times = axes[0].errorbar(part.seq_len, part.step_ms_median, yerr=spread, capsize=2, linewidth=1.2, **how)
+            (rates,) = axes[1].plot(part.seq_len, part.tokens_per_s, linewidth=1.2, **how)
+            for artist in (times, rates):
+                marked(artist, each_told(part), label)
             lost = out[(out.label == label) & (out.seq_len > part.seq_len.max())]
             if not lost.empty:
                 axes[0].annotate(
@@ -194,8 +201,10 @@ def once(rows: pd.DataFrame, value: str) -> pd.DataFrame:
 Parts = Mapping[str, tuple[np.ndarray, str]]  # of a bar: a name -> a size for each row, and its colour
 
 
-def stacked(tasks: list[Task], title: str, parts_of: Callable[[pd.DataFrame], Parts]) -> tuple[Figure, list[Axes]]:
-    """A panel for each task; in it a bar for each row, made of parts."""
+def stacked(
+    tasks: list[Task], title: str, of: str, parts_of: Callable[[pd.DataFrame], Parts]
+) -> tuple[Figure, list[Axes]]:
+    """A panel for each task; in it a bar for each row, made of parts, in units `of`."""
     lengths = [len(task.rows) for task in tasks]
     figure, panels = plt.subplots(
         len(tasks),
@@ -211,7 +220,8 @@ def stacked(tasks: list[Task], title: str, parts_of: Callable[[pd.DataFrame], Pa
         left = np.zeros(len(task.rows))
         for name, (sizes, shade) in parts_of(task.rows).items():
             if sizes.any():
-                ax.barh(task.rows.label, sizes, left=left, color=shade, label=None if name in known else name)
+                some = ax.barh(task.rows.label, sizes, left=left, color=shade, label=None if name in known else name)
+                marked(some, parts_told(task.rows, name, sizes, of))
                 known.add(name)
             left += sizes
         ax.invert_yaxis()
@@ -240,6 +250,7 @@ def memory_parts(sweep: Sweep) -> Figure:
     figure, axes = stacked(
         tasks,
         "What fills the memory",
+        name,
         lambda rows: {
             part: (rows[f"{part.removesuffix('s')}_bytes"].to_numpy(dtype=float) / of, shade)
             for part, shade in PARTS.items()
@@ -269,6 +280,7 @@ def bytes_sent(sweep: Sweep) -> Figure:
     figure, axes = stacked(
         tasks,
         "Counted bytes end where the formula says",
+        name,
         lambda rows: {
             kind: (np.array([sent_by(sweep, run_id, kind) for run_id in rows.run_id]) / of, shade)
             for kind, shade in KINDS.items()
@@ -277,7 +289,8 @@ def bytes_sent(sweep: Sweep) -> Figure:
     for n, (ax, task) in enumerate(zip(axes, tasks, strict=True)):
         analytic = task.rows[task.rows.analytic_comm_bytes.notna()]
         x, y = analytic.analytic_comm_bytes.astype(float) / of, analytic.label
-        ax.scatter(x, y, marker="|", s=160, color="#000000", label="analytic" if n == 0 else None, zorder=3)
+        points = ax.scatter(x, y, marker="|", s=160, color="#000000", label="analytic" if n == 0 else None, zorder=3)
+        marked(points, parts_told(analytic, "by formula", x, name))
     axes[-1].set_xlabel(f"sent by the busiest rank in a step ({name})")
     legend_below(figure)
     return figure
@@ -300,6 +313,7 @@ def bytes_by_tier(sweep: Sweep) -> Figure:
     figure, axes = stacked(
         tasks,
         "What leaves a host",
+        name,
         lambda rows: {tier: (rows[column].to_numpy(float) / of, shade) for tier, (column, shade) in tiers.items()},
     )
     axes[-1].set_xlabel(f"sent by a rank in a step ({name})")
@@ -352,7 +366,9 @@ def ulysses_by_ring(sweep: Sweep) -> Figure:
             ax.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="#e8e8e8"))
         else:
             said, ink = f"{cells[y, x]:.2f}", "white" if cells[y, x] > (1 + most) / 2 else "black"
-        ax.text(x, y, said, ha="center", va="center", color=ink)
+            here = timed[(timed.ulysses == widths[y]) & (timed.ring == rings[x])]
+            why = told(here.loc[here.step_ms_median.idxmin()])
+        marked(ax.text(x, y, said, ha="center", va="center", color=ink), [why])
     ax.set_xticks(range(len(rings)), rings)
     ax.set_yticks(range(len(widths)), widths)
     ax.set_xlabel("mesh.ring (ranks)")
@@ -398,7 +414,8 @@ def scaling(sweep: Sweep, weak: bool) -> Figure:
     lines: dict[str, int] = {}
     for strategy, part in timed.groupby("strategy", sort=False):
         best = part.sort_values("tokens_per_s").groupby("world_size").tail(1).sort_values("world_size")
-        ax.plot(best.world_size, best.tokens_per_s, linewidth=1.2, **style(strategy, strategy, lines))
+        (line,) = ax.plot(best.world_size, best.tokens_per_s, linewidth=1.2, **style(strategy, strategy, lines))
+        marked(line, each_told(best), strategy)
     ax.set_xticks(sorted(timed.world_size.unique()))
     ax.set_xlabel("ranks")
     ax.set_ylabel("tokens/s over all ranks")
@@ -438,13 +455,17 @@ def what_fits(sweep: Sweep) -> Figure:
         for y, x in np.ndindex(shares.shape):
             if np.isnan(shares[y, x]):
                 ax.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="#eeeeee"))
-            elif shares[y, x] > 1:
-                ax.add_patch(hatched(x, y, "#c06060"))
+                continue
+            here = part[(part.seq_len == lengths[y]) & (part.world_size == ranks[x])].iloc[0]
+            holds = [told(here, f"{here.share:.1%} of the memory")]
+            if shares[y, x] > 1:
+                marked(ax.add_patch(hatched(x, y, "#c06060")), holds)
             else:
                 longest = y == max(np.flatnonzero(shares[:, x] <= 1))
                 said = f"{tokens(lengths[y])}" if longest else f"{shares[y, x]:.0%}"
                 how = {"fontweight": "bold", "fontsize": 9} if longest else {"fontsize": 7}
-                ax.text(x, y, said, ha="center", va="center", color="white" if shares[y, x] > 0.6 else "black", **how)
+                ink = "white" if shares[y, x] > 0.6 else "black"
+                marked(ax.text(x, y, said, ha="center", va="center", color=ink, **how), holds)
         ax.set_xticks(range(len(ranks)), [f"{n:,}" for n in ranks])
         ax.set_yticks(range(len(lengths)), [tokens(n) for n in lengths])
         ax.set_title(strategy, loc="left", color=colour(strategy), fontweight="bold")
@@ -489,7 +510,9 @@ def longest_that_fits(sweep: Sweep) -> Figure:
                 ax.add_patch(hatched(x, y))
                 continue
             ink = "black" if shades[y, x] > highest - 4 else "white"
-            ax.text(x, y, about(best.iloc[y, x]), ha="center", va="center", fontsize=8, color=ink)
+            cell = ax.text(x, y, about(best.iloc[y, x]), ha="center", va="center", fontsize=8, color=ink)
+            here = part[(part.who == lines[y]) & (part.kept == columns[x])]
+            marked(cell, [told(here.loc[here.max_seq_len.idxmax()])])
         ax.set_xticks(range(len(columns)), columns)
         ax.set_yticks(range(len(lines)), lines)
         ax.set_title(f"{model} on {cluster}", loc="left", fontsize=9)
@@ -516,6 +539,7 @@ def exposed(sweep: Sweep) -> Figure:
     figure, axes = stacked(
         tasks,
         "What communication costs",
+        "ms",
         lambda rows: {
             "computation": ((rows.step_ms_median - rows.exposed_comm_ms).to_numpy(float), BLUE),
             "exposed communication": (rows.exposed_comm_ms.to_numpy(float), ORANGE),
@@ -543,7 +567,7 @@ def predicted_parts(sweep: Sweep) -> Figure:
             if ms.max() > SEEN * most
         }
 
-    figure, axes = stacked(tasks, "Where a predicted step goes", parts_of)
+    figure, axes = stacked(tasks, "Where a predicted step goes", "ms", parts_of)
     axes[-1].set_xlabel("predicted step time (ms)")
     legend_below(figure)
     return figure
@@ -563,7 +587,8 @@ def pareto(sweep: Sweep) -> Figure:
         of, name = unit(task.rows.peak_bytes.max())
         for strategy, part in task.rows.groupby("strategy", sort=False):
             shade, mark = colour(strategy), marker(strategy)
-            ax.scatter(part.peak_bytes / of, part[column], color=shade, marker=mark, label=strategy)
+            dots = ax.scatter(part.peak_bytes / of, part[column], color=shade, marker=mark, label=strategy)
+            marked(dots, each_told(part), strategy)
         best = front_of(task.rows, column)
         ax.plot(best.peak_bytes / of, best[column], color="#999999", linewidth=1, zorder=0, drawstyle="steps-post")
         for n, (_, row) in enumerate(best.iterrows(), 1):
@@ -596,10 +621,10 @@ def bytes_and_balance(sweep: Sweep) -> Figure:
     figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4), layout="constrained", squeeze=False)
     for ax, part in zip(axes[0], panels, strict=True):
         of, name = unit(part.comm_bytes_activations.max())
-        for row in part.itertuples():
+        for _, row in part.iterrows():
             shade, mark = LAYOUTS[row.ring_layout]
             face = shade if row.ring_kv == "needed" else "white"
-            ax.plot(
+            (dot,) = ax.plot(
                 row.comm_bytes_activations / of,
                 row.attention_work_max_by_mean,
                 mark,
@@ -607,6 +632,8 @@ def bytes_and_balance(sweep: Sweep) -> Figure:
                 mfc=face,
                 ms=SIZES[mark],
             )
+            balance = f"attention's work, busiest rank over mean: {row.attention_work_max_by_mean:.3f}"
+            marked(dot, [told(row, balance)], row.ring_layout)
         ax.set_xlim(left=0)
         ax.set_xlabel(f"activations sent by the busiest rank in a step ({name})")
         one = part.iloc[0]
@@ -644,7 +671,13 @@ def over_size(
     """A group's points, and its curve if it has one: billions a second over what was done."""
     figure, ax = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
     for key, (points, how) in groups.items():
-        ax.scatter(points.work, points.work / points.us / 1000, s=16, **how)
+        rates = points.work / points.us / 1000
+        each = zip(points.work, points.us, rates, strict=True)
+        of_each = [
+            f"{how['label']}\n{work:,.0f} {points.unit} in {us:,.1f} us\n{rate:,.4g} G{points.unit}/s"
+            for work, us, rate in each
+        ]
+        marked(ax.scatter(points.work, rates, s=16, **how), of_each, how["label"])
         if key in curves:
             x = np.geomspace(points.work.min(), points.work.max(), 200)
             ax.plot(x, x / curves[key].rate.us(x, np.maximum) / 1000, color=how["color"], linewidth=1)
@@ -771,15 +804,22 @@ def draw_all(sweep: Sweep) -> tuple[dict[str, Figure], list[str]]:
 
 
 def parity(
-    points: Mapping[str, tuple[np.ndarray, np.ndarray]], colours: Mapping[str, str] = MappingProxyType({})
+    points: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    colours: Mapping[str, str] = MappingProxyType({}),
+    who: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> Figure:
-    """Predicted over measured, by what was measured. points: a name in the legend -> measured and predicted, in ms."""
+    """Predicted over measured, by what was measured. points: a name in the legend -> measured and predicted, in ms;
+    who: which configurations these are."""
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     axes.axhspan(0.9, 1.1, color="#eeeeee")
     axes.axhline(1, color="black", linewidth=0.8)
     for n, (name, (measured, predicted)) in enumerate(points.items()):
         marks = "os^Dv<>ph*"[n % 10]
-        axes.plot(measured, predicted / measured, marks, color=colours.get(name), label=name, markersize=5, alpha=0.8)
+        (dots,) = axes.plot(
+            measured, predicted / measured, marks, color=colours.get(name), label=name, markersize=5, alpha=0.8
+        )
+        each = zip(who.get(name, [name] * len(measured)), measured, predicted, strict=True)
+        marked(dots, [f"{one}\nmeasured {ms:,.1f} ms\npredicted {guess:,.1f} ms" for one, ms, guess in each], name)
     axes.set(xscale="log", yscale="log", xlabel="measured, ms", ylabel="predicted over measured")
     plain = FuncFormatter(lambda value, _: f"{value:g}")
     for axis in (axes.xaxis, axes.yaxis):

@@ -4,35 +4,32 @@ Published, derived and counted stand side by side; where derived and counted dif
 command exits with 1.
 """
 
-import base64
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis import UserError, fits, sources, symbols
+from analysis import UserError, fits, interactive, results, sources, symbols
 from analysis.accounts import account_of, none_of, predicted
 from analysis.accounts.comparison import PHASES, compared
 from analysis.accounts.letters import Letters
 from analysis.accounts.sent import SHORT, Sent, total
 from analysis.answers import answers
 from analysis.examples import purest
-from analysis.looks import colour
+from analysis.looks import colour, known
 from analysis.measured import Pair, foretold
 from analysis.mismatches import mismatches
 from analysis.plots import PLOTS, draw_all, parity, save
 from analysis.race import notes, race, verdict
 from analysis.reading import Sweep, load
 from analysis.table import written
-from analysis.tasks import is_wrong
 from analysis.templates import TEMPLATES
 from analysis.validate import PREDICTORS, coordinates, errors, told
 from conf import meshes
-from conf.columns import Column, columns
+from conf.columns import described
 from conf.keys import Config
-from conf.labels import mesh
+from conf.labels import title
 from conf.series import summary
 
 EXAMPLES = 4  # that are named of rows with one reason
@@ -57,14 +54,16 @@ def write(folder: Path) -> list[str]:
     with_analytic(sweep, audits).to_csv(target / "results.csv", index=False)
     if races := race(sweep):
         pd.DataFrame(races).to_csv(target / "race.csv", index=False)
-    pairs = foretold(sweep)
+    pairs, lines = foretold(sweep), results.lines(sweep.steps)
     page = TEMPLATES.get_template("report.html").render(
         sweep=sweep,
         facts=facts(sweep),
         answers=answers(sweep),
         fits=fits.longest(sweep),
-        shown=shown(sweep.steps),
-        results=results(sweep),
+        shown=results.shown(sweep.steps.to_dict("records")),
+        results=lines,
+        has_keys=any(line.keys for line in lines),
+        library={name: interactive.packed(name) for name in ("dt_bundle.js", "dt_bundle.css")},
         machine=of_machine(sweep),
         judged=judged(pairs) if pairs else [],
         parity=beside_each_other(pairs, target / "plots") if pairs else None,
@@ -72,7 +71,7 @@ def write(folder: Path) -> list[str]:
         verdict=verdict(races),
         race_notes=notes(races),
         comparisons=comparisons(audits, sweep.ok),
-        without_account=[none_of(name) for name in ours if name not in {a.strategy for a in audits}],
+        without_account=[none_of(name) for name in ours if known(name) is None],
         pictures=pictures,
         left_out=left_out,
         failures=failures(sweep),
@@ -89,7 +88,8 @@ def draw(sweep: Sweep, target: Path) -> tuple[list[dict], list[str]]:
 
 
 def picture(name: str, figure: Figure, caption: str, target: Path) -> dict:
-    return {"name": name, "caption": caption, "svg": base64.b64encode(save(figure, target, name)).decode()}
+    save(figure, target, name)
+    return {"name": name, "caption": caption, "svg": interactive.inlined(figure, name.replace("_", " "))}
 
 
 # Predicted beside measured.
@@ -107,7 +107,8 @@ def judged(pairs: list[Pair]) -> list[dict]:
 def beside_each_other(pairs: list[Pair], target: Path) -> dict:
     """The picture of it."""
     of = by_strategy(pairs)
-    figure = parity({name: coordinates(found) for name, found in of.items()}, {name: colour(name) for name in of})
+    who = {name: [title(described(pair.config), []) for pair in found] for name, found in of.items()}
+    figure = parity({name: coordinates(found) for name, found in of.items()}, {name: colour(name) for name in of}, who)
     return picture(
         "parity", figure, "Predicted by the machine's clock, which saw no step; measured by the rows above.", target
     )
@@ -231,58 +232,6 @@ def facts(sweep: Sweep) -> list[tuple[str, str]]:
 def said(values: pd.Series) -> list[str]:
     """What a column says, each once."""
     return [text for text in map(str, values.dropna().unique()) if text]
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A column of the page's table: the column of results.csv by which it sorts, its heading, and its cells' text."""
-
-    column: str
-    head: str
-    says: str
-    text: Callable[[pd.Series], str]
-
-
-def spread(row: pd.Series) -> str:
-    return f"{row.step_ms_p10:,.1f} to {row.step_ms_p90:,.1f}"
-
-
-OWN = {  # columns that this page alone shows, or shows in its own way
-    "seq_len": ("seq_len", lambda row: f"{row.seq_len:,.0f}"),
-    "step_ms_p10": ("p10 to p90", spread),
-    "max_seq_len": ("longest", lambda row: f"{row.max_seq_len:,.0f}"),
-    "loss_last": ("loss", lambda row: f"{row.loss_last:.4f}"),
-}
-
-
-def shown(rows: pd.DataFrame) -> list[Shown]:
-    """The columns that have a heading, and a value in some row."""
-    found, lines = [], rows.to_dict("records")
-    for column in (column.over(lines) for column in columns() if column.head or column.name in (*OWN, FORMULA)):
-        head, text = OWN.get(column.name, (column.head, column.text))
-        if column.name == FORMULA:
-            head, text = "formula", formula(column)
-        if rows[column.name].replace("", None).notna().any():
-            found.append(Shown(column.name, head, column.says, text))
-    return found
-
-
-FORMULA = "analytic_comm_bytes"
-
-
-def formula(column: Column) -> Callable[[pd.Series], str]:
-    return lambda row: "=" if row.comm_bytes == row[FORMULA] else column.text(row)
-
-
-def results(sweep: Sweep) -> list[dict]:
-    """The rows of the table; what was out of memory and what is wrong are marked."""
-    table = []
-    for _, row in sweep.steps.iterrows():
-        name = row.label if mesh(row) in row.label else f"{row.label} {mesh(row)}"
-        mark = "out of memory" if row.status == "oom" else "wrong" if is_wrong(row.reason) else ""
-        looks = {"colour": colour(row.strategy), "peer": row.strategy in meshes.PEERS}
-        table.append({"row": row, "name": name, "mark": mark, **looks})
-    return table
 
 
 def of_machine(sweep: Sweep) -> list[dict]:

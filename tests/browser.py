@@ -11,6 +11,8 @@ def opened(browser, file: Path, width: int, fragment: str = ""):
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("requestfailed", lambda request: wrong.append(request.url))
     page.goto(file.as_uri() + fragment)
+    if page.locator("#results-table").count():
+        page.wait_for_selector("#results-table.dataTable")  # it is unpacked first
     return page, wrong
 
 

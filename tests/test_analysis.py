@@ -508,21 +508,11 @@ def test_the_page_shows_the_numbers_of_the_csv(browser, pages):
     for row in rows:
         run = row.get_attribute("data-run")
         for column in ("step_ms_median", "tokens_per_s", "peak_bytes", "comm_bytes", "loss_last"):
-            value = row.locator(f"td[data-column={column}]").get_attribute("data-value")
+            value = row.locator(f"td[data-column={column}]").get_attribute("data-order")
             assert float(value) == pytest.approx(stored.loc[run, column])
-    for figure in page.locator("figure img").all():
-        assert figure.evaluate("image => image.naturalWidth") > 300
-        assert len(set(figure.screenshot())) > 50
-    page.close()
-
-
-def test_headings_sort(browser, pages):
-    page, _ = opened(browser, pages / "index.html", 1280)
-    column = page.locator("#results-table th", has_text="step ms")
-    column.locator("button").click()
-    cells = page.locator("#results-table td[data-column=step_ms_median]").all()
-    times = [float(cell.get_attribute("data-value")) for cell in cells]
-    assert times == sorted(times)
+    for picture in page.locator("figure svg").all():
+        assert picture.bounding_box()["width"] > 300
+        assert len(set(picture.screenshot())) > 50
     page.close()
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis import answers, examples, fits, plots, race, reading, report, tasks
+from analysis import answers, examples, fits, plots, race, reading, report, results, tasks
 from conf.columns import columns, described
 from conf.compose import configuration
 from conf.resolve import resolve
@@ -91,8 +91,7 @@ def test_a_wrong_result_is_not_the_fastest():
     rows = [timed("strategy=tp", 20), timed("strategy=ring", 9, reason="wrong: grad of q is up to 102% away")]
     (sentences,) = said(*rows).values()
     assert "Fastest is tp" in sentences
-    marks = [each["mark"] for each in report.results(sweep_of(*rows))]
-    assert marks == ["", "wrong"]
+    assert [line.status for line in results.lines(sweep_of(*rows).steps)] == ["ok", "wrong"]
 
 
 def test_an_exact_tie_is_called_one():
@@ -153,8 +152,8 @@ def test_the_longest_that_fits_is_a_table_and_a_picture():
 
 def test_rows_out_of_memory_are_results_whose_reason_is_not_told_twice():
     sweep = sweep_of(*grid(), row("strategy=zero", status="oom", reason="rank 0: out of memory", seq_len=9))
-    marks = [each["mark"] for each in report.results(sweep)]
-    assert (len(marks), marks.count("out of memory")) == (13, 6)
+    statuses = [line.status for line in results.lines(sweep.steps)]
+    assert (len(statuses), statuses.count("oom")) == (13, 6)
     assert [each["reason"] for each in report.failures(sweep)] == ["rank 0: out of memory"]
 
 
