@@ -555,7 +555,7 @@ def predicted_parts(sweep: Sweep) -> Figure:
     tasks = bars(having(sweep, "predicted_step_ms"), "predicted_step_ms") if sweep.records else []
     if not tasks:
         raise Unavailable("Where a predicted step goes: no record has predicted_step_ms.")
-    most, shades = max(task.rows.predicted_step_ms.max() for task in tasks), {**WORK, **KINDS}
+    shades = {**WORK, **KINDS}
 
     def parts_of(rows: pd.DataFrame) -> Parts:
         parts = [sweep.records[run_id]["predicted_parts"] for run_id in rows.run_id]
@@ -564,7 +564,7 @@ def predicted_parts(sweep: Sweep) -> Figure:
         return {
             "waits: " * (which == "exposed") + name: (ms, shades.get(name, ROSE))
             for (which, name), ms in sizes.items()
-            if ms.max() > SEEN * most
+            if ms.max() > SEEN * rows.predicted_step_ms.max()
         }
 
     figure, axes = stacked(tasks, "Where a predicted step goes", "ms", parts_of)

@@ -11,7 +11,7 @@ from analysis.looks import colour
 from analysis.tasks import is_wrong
 from conf import meshes
 from conf.columns import Column, columns
-from conf.labels import mesh, swept, variant, where
+from conf.labels import swept, variant, where
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,16 @@ def lines(rows: pd.DataFrame) -> list[Line]:
 
 def told(row: Mapping, first: str = "") -> str:
     """Of a mark in a picture: which configuration it is and, below, what it shows and every number of the table."""
-    name = row["label"] if mesh(row) in row["label"] else f"{row['label']} {mesh(row)}"
+    name = row["label"] if where(row) in row["label"] else f"{row['label']} {where(row)}"
     numbers = [f"{each.head} {each.text(row)}" for each in shown([row]) if each.column != FORMULA]
     return "\n".join([name, *([first] if first else []), *numbers])
 
 
-def each_told(rows: pd.DataFrame, first: str = "") -> list[str]:
-    return [told(row, first) for row in rows.to_dict("records")]
+def each_told(rows: pd.DataFrame) -> list[str]:
+    return [told(row) for row in rows.to_dict("records")]
 
 
 def parts_told(rows: pd.DataFrame, part: str, sizes: Iterable[float], of: str) -> list[str]:
     """The same of the parts of bars. of: their unit."""
-    return [told(row, f"{part}: {value:,.4g} {of}") for row, value in zip(rows.to_dict("records"), sizes, strict=True)]
+    said = [f"{part}: {value:,.1f} {of}" if value >= 1000 else f"{part}: {value:.4g} {of}" for value in sizes]
+    return [told(row, first) for row, first in zip(rows.to_dict("records"), said, strict=True)]

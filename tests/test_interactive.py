@@ -8,10 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import advise
+from analysis import advise, sources
 from analysis.reading import load
 from analysis.report import write
 from conf.labels import where
+from conf.meshes import STRATEGIES
 from tests.browser import CUT_OFF, opened
 
 REFERENCE = Path(__file__).parents[1] / "runs" / "reference"
@@ -151,6 +152,30 @@ def test_pointing_at_a_dot_names_its_configuration_and_its_numbers(browser, repo
     page.close()
 
 
+def test_a_bar_tells_the_part_that_it_draws(browser, reports):
+    """Its length is what it says, and the parts of a bar are those of the CSV."""
+    page, _ = opened(browser, page_of(reports, "quickstart"), 1280)
+    bars = page.evaluate(
+        """() => [...document.querySelectorAll("#memory_parts svg *")].filter(mark => mark.told)
+        .map(mark => [mark.told, mark.querySelector("path").getBBox().width])"""
+    )
+    rows = load(REFERENCE / "quickstart").ok
+    longest = rows[rows.seq_len == rows.seq_len.max()]
+    parts = {"params": "param", "grads": "grad", "optimizer": "optimizer", "activation": "activation", "other": "other"}
+    assert len(bars) == len(parts) * len(longest)
+    lengths, values = [], []
+    for told, length in bars:
+        name, first, *_ = told.splitlines()
+        part, _, value = first.removesuffix(" MiB").partition(": ")
+        (row,) = (row for _, row in longest.iterrows() if name in (row.label, f"{row.label} {where(row)}"))
+        assert number(value) == pytest.approx(row[f"{parts[part]}_bytes"] / 2**20, rel=1e-3)
+        lengths.append(length)
+        values.append(number(value))
+    scale = max(lengths) / max(values)
+    assert np.array(lengths) == pytest.approx(scale * np.array(values), abs=0.2)
+    page.close()
+
+
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_legends_entry_keeps_its_strategy_alone(browser, reports, width):
     page, wrong = opened(browser, page_of(reports, "mesh8"), width)
@@ -205,11 +230,15 @@ def advised(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("name", [*SWEEPS, "advise"])
-def test_axe_finds_no_serious_fault(browser, reports, advised, name, width):
+@pytest.mark.parametrize("name", [*SWEEPS, "advise", "sources"])
+def test_axe_finds_no_serious_fault(browser, reports, advised, tmp_path, name, width):
     from axe_playwright_python.sync_playwright import Axe
 
-    page, wrong = opened(browser, advised if name == "advise" else page_of(reports, name), width)
+    if name == "sources":
+        file = sources.write(list(STRATEGIES), None, tmp_path / "sources.html")
+    else:
+        file = advised if name == "advise" else page_of(reports, name)
+    page, wrong = opened(browser, file, width)
     response = Axe().run(page).response
     assert len(response["passes"]) > 10
     found = [(v["id"], v["nodes"][0]["html"]) for v in response["violations"] if v["impact"] in ("serious", "critical")]
