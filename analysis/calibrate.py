@@ -31,7 +31,8 @@ class Calibration:
     """A cluster's clock, and the fits that it was made of, by their names in it."""
 
     tile: int
-    call_us: float | None
+    call_us: float
+    group_us: float
     kernels: dict[str, Fit]
     links: dict[tuple[str, str, int], Fit]
 
@@ -88,7 +89,8 @@ def calibrated(sweep: Sweep) -> Calibration:
     tile = min(TILES, key=lambda tile: squares(sweep, tile))
     kernels = {name: fit(points) for name, points in machine.of_kernels(sweep, tile).items()}
     links = {key: fit(points) for key, points in machine.of_links(sweep).items()}
-    return Calibration(tile, machine.us_of_a_call(sweep), kernels, links)
+    call, group = (machine.us_of_the_host(sweep, kind) for kind in ("call", "group"))
+    return Calibration(tile, call, group, kernels, links)
 
 
 def squares(sweep: Sweep, tile: int) -> float:
@@ -135,7 +137,8 @@ def cluster_of(sweep: Sweep, found: Calibration) -> dict[str, Any]:
         "tile": found.tile,
         "kernels": {name: plain(each.rate) for name, each in found.kernels.items() if name not in machine.BY_FLOPS},
         **{tier: tier_of(found, tier) for tier in ("intra", "inter")},
-        "call_us": found.call_us or 0.0,
+        "call_us": found.call_us,
+        "group_us": found.group_us,
     }
     return {**hardware(sweep, found), "clock": clock}
 

@@ -316,12 +316,13 @@ class Computed:
                 continue
             if way == "forward" or s.stage == 3:
                 cast = on.moves((s.e_w + s.e) * shard / n, n * (s.e_w != s.e), "copy")
-                found += self.copy(s.e * size) + on.aside(cast + self.copy(s.e * shard))
+                found += self.copy(s.e * size) + on.aside(cast + self.copy(s.e * shard)) + on.groups(1)
             if way == "backward":
                 cast = on.moves((s.e_dw + s.e_w) * shard / n, n * (s.e_dw != s.e_w), "copy")
                 found += on.moves((s.e + s.e_dw) * size, 1, "copy") + on.aside(
                     cast + on.moves(3 * s.e_w * shard / n, n)
                 )
+                found += on.groups(1)
         return found
 
     def angles(self) -> Work:

@@ -1,6 +1,5 @@
 """What was measured of a machine, as the points of each of a clock's rates (conf/clock.py), by its name there."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -54,11 +53,8 @@ def points(work: list[float], lines: list[dict], unit: str) -> Points:
     return Points(np.array(work, dtype=float), np.array([line["time_us"] for line in lines]), unit)
 
 
-def us_of_a_call(sweep: Sweep) -> float | None:
-    found = list(calls(sweep))
-    return round(float(np.median(found)), 3) if found else None
-
-
-def calls(sweep: Sweep) -> Iterator[float]:
-    for table in sweep.measured("kernels").values():
-        yield from (line["time_us"] for line in table if line["kind"] == "call")
+def us_of_the_host(sweep: Sweep, kind: str) -> float:
+    """For a call, or for a group of weights; 0 where it was not measured."""
+    tables = sweep.measured("kernels").values()
+    found = [line["time_us"] for table in tables for line in table if line["kind"] == kind]
+    return round(float(np.median(found)), 3) if found else 0.0

@@ -118,11 +118,11 @@ class Step(Computed):
         return self.told(*phases, *[Phase()] * (3 - len(phases)))
 
     def told(self, forward: Phase, backward: Phase, update: Phase) -> Times:
-        """One after the other. A GPU's host runs ahead, unless it has more to launch than that takes."""
+        """One after the other. A GPU's host runs ahead, unless it has more to launch than that takes; a CPU is one."""
         launched, ended, ends = 0.0, 0.0, [0.0]
         for phase in (forward, backward, update):
-            launched = launched + self.on.launches(phase.work)
-            ended = np.maximum(ended + phase.us, launched)
+            launched = launched + (launches := self.on.launches(phase.work))
+            ended = np.maximum(ended + phase.us, launched) if self.on.on_gpu else ended + phase.us + launches
             ends.append(ended / 1000)
         whole = Phase()
         for phase in (forward, backward, update):

@@ -27,6 +27,7 @@ class Work:
     attention: Amount = 0.0
     kernels: Amount = 0.0
     calls: Amount = 0
+    host: Amount = 0.0  # what its host does of its own
 
     @property
     def us(self) -> Amount:
@@ -38,10 +39,11 @@ class Work:
             self.attention + other.attention,
             self.kernels + other.kernels,
             self.calls + other.calls,
+            self.host + other.host,
         )
 
     def __mul__(self, n: Amount) -> "Work":
-        return Work(self.products * n, self.attention * n, self.kernels * n, self.calls * n)
+        return Work(self.products * n, self.attention * n, self.kernels * n, self.calls * n, self.host * n)
 
 
 NOTHING = Work()
@@ -62,8 +64,8 @@ class Machine:
         return self.device == "cuda"
 
     def launches(self, work: Work) -> Amount:
-        """How long the host takes to launch it. A CPU is its own host."""
-        return work.calls * self.clock.call_us * self.on_gpu
+        """How long the host takes to launch it, and for what else it does. A CPU is its own host."""
+        return work.host + work.calls * self.clock.call_us * self.on_gpu
 
     def works(self, part: str, us: Amount, calls: Amount) -> Work:
         """So many operations of so many microseconds. On a CPU what the host does for each comes to that."""
@@ -73,6 +75,10 @@ class Machine:
     def aside(self, work: Work) -> Work:
         """On another stream of a GPU, which takes its host's time alone."""
         return Work(calls=work.calls) if self.on_gpu else work
+
+    def groups(self, n: Amount) -> Work:
+        """FSDP2's Python around so many messages of weights or of their gradients."""
+        return Work(host=n * self.clock.group_us)
 
     def product(self, rows: Amount, inner: Amount, columns: Amount, calls: Amount = 1) -> Work:
         """[rows, inner] by [inner, columns]"""

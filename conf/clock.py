@@ -56,6 +56,7 @@ class Clock:
     exponentials: float | None = None  # of scores, billions a second, beside forward's products; None: within them
     wave: int | None = None  # tiles of 128 x 256 that run at once: products take whole waves; None: no waves
     call_us: float = 0.0  # the host's time for one operation: a GPU that is done earlier waits; on a CPU it comes to it
+    group_us: float = 0.0  # and for FSDP2's own Python around a message of weights or of their gradients
 
     @classmethod
     def of(cls, values: Mapping[str, Any] | None, cluster: str) -> "Clock":
@@ -86,7 +87,7 @@ class Clock:
             }
         if not_of(int, tile := found.get("tile", 1)) or tile < 1:
             raise Invalid(f"{where}.tile={tile} is no number of keys; 128 would do")
-        for name in ("exponentials", "wave", "call_us"):
+        for name in ("exponentials", "wave", "call_us", "group_us"):
             if (value := found.get(name)) is not None:
                 number(value, f"{where}.{name}", least=0)
         unknown = [name for name in found if name not in cls.__dataclass_fields__]

@@ -70,7 +70,7 @@ def test_every_kernel_of_a_clock_is_timed_at_every_length(measured):
     timed = {name: {line["tokens"] for line in lines if line["kind"] == name} for name in KERNELS}
     assert all(timed[name] == {2, 4, 8, 16, 32, 64} for name in KERNELS if name != "optimizer")
     kinds = dict.fromkeys(line["kind"] for line in lines)
-    assert set(kinds) == {"products", "attention_forward", "attention_backward", *KERNELS, "call"}
+    assert set(kinds) == {"products", "attention_forward", "attention_backward", *KERNELS, "call", "group"}
     assert all(line["repeated"] == 2 * 3 for line in lines), "two ranks, three passes"
 
 

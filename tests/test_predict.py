@@ -10,7 +10,7 @@ from analysis.prices import Places
 from bench.ranks.unlike import unlike_ranks
 from bench.simulation import simulate
 from conf import tiers
-from conf.compose import configuration
+from conf.compose import HERE, configuration
 from conf.keys import Config
 from conf.measurement import Predicted
 from conf.resolve import resolve
@@ -127,3 +127,19 @@ def test_a_time_needs_a_machine_whose_speed_is_known():
         predict.of_config(resolve(configuration(["strategy=ring"])).config)
     with pytest.raises(Invalid, match="cluster=L20-48G: its speeds were neither measured nor published"):
         predict.of_config(resolve(configuration(["strategy=ring", "cluster=l20"])).config)
+
+
+@pytest.mark.parametrize(("words", "messages"), [("", 3 * 4), ("zero_stage=2", 2 * 4), ("zero_stage=1", 0)])
+def test_the_hosts_time_around_messages_of_weights_is_in_both(tmp_path, words, messages):
+    """Of two blocks and both ends, gathered in forward, in backward again, and their gradients reduced."""
+    clock = (HERE / "cluster" / "h100.yaml").read_text()
+    configs = []
+    for group_us in (0, 500):
+        file = tmp_path / f"{group_us}.yaml"
+        file.write_text(f"{clock.rstrip()}\n  group_us: {group_us}\n")
+        small = f"mode=simulate device=cpu world_size=2 batch_size=2 strategy=zero cluster={file} {words}"
+        configs.append(resolve(configuration(small.split())).config)
+    (replays,) = on_ranks(1, replayed, configs, grouped=False)
+    for without, with_it in (replays, [predict.of_config(config) for config in configs]):
+        took = [getattr(each, "step_ms", None) or float(each.step) for each in (without, with_it)]
+        assert took[1] - took[0] == pytest.approx(0.5 * messages)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group as fsdp2
 
 from bench.instruments.instrument import Instrument, replaced
 from bench.instruments.ledger import COMMUNICATING, dispatched, group_of, name_of
@@ -150,6 +151,10 @@ class Replay(Instrument):
             replaced(gated, "backward", staticmethod(self.as_one("swiglu backward", gated.backward, 1))),
             replaced(rotary, "forward", self.both_ways("rotary", rotary.forward)),
             replaced(dist.Work, "wait", self.seen_to_wait(dist.Work.wait)),
+            *(
+                replaced(fsdp2, name, self.by_the_host(getattr(fsdp2, name)))
+                for name in ("foreach_all_gather", "foreach_reduce")
+            ),
         ]
         if self.on_gpu:
             here += [replaced(*each) for each in self.of_streams()]
@@ -164,6 +169,15 @@ class Replay(Instrument):
         def priced(*args: Any) -> Any:
             with self.one("kernels", self.moves(kind, args[nth])):
                 return function(*args)
+
+        return priced
+
+    def by_the_host(self, function: Callable) -> Callable:
+        """FSDP2's Python around a message of weights or of their gradients."""
+
+        def priced(*args: Any, **kwargs: Any) -> Any:
+            self.streams.hosts(self.now, self.clock.group_us)
+            return function(*args, **kwargs)
 
         return priced
 

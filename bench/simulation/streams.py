@@ -68,6 +68,14 @@ class Streams:
         self.spend(stream, "launches", max(0.0, self.host - self.moments[stream].us))
         self.spend(stream, part, us)
 
+    def hosts(self, stream: Hashable, us: float) -> None:
+        """The host has something to do of its own, before it launches what comes next."""
+        self.note(self.hosts, stream, us)
+        if self.ahead:
+            self.host += us
+        else:
+            self.spend(stream, "launches", us)
+
     def launch(self, stream: Hashable, lane: Hashable, number: Hashable, kind: str, us: float) -> None:
         """A collective or a copy, beside the stream; it begins when the stream is there, and what is before it done."""
         self.note(self.launch, stream, lane, number, kind, us)

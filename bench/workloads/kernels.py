@@ -8,12 +8,15 @@ of bench/instruments/flops.py, bytes those of conf/series.py.
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.testing._internal.distributed import fake_pg  # noqa: F401  # is there by its name then
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.instruments.timing import in_turn, repeated
@@ -24,7 +27,9 @@ from conf.series import moved
 from models.llama import Llama, RMSNorm, Rotary, SwiGLU, rope_tables
 from strategies.base import Strategy
 from strategies.ops.kernels import accumulator, merge
+from strategies.ops.mesh import Axis
 from strategies.single import Single
+from strategies.zero import Zero
 
 LENGTHS = 6  # of tokens, each half of the one before
 Kernel = tuple[Work, Callable[[], object]]
@@ -41,7 +46,7 @@ def measured(config: Config, strategy: Strategy) -> Iterator[Timed]:
             dist.barrier()
         us = in_turn(runs, config.steps, config.warmup, config.device)
         yield from map(Timed, works, us)
-    yield time_of_a_call(config, strategy)
+    yield from times_of_the_host(config, strategy)
 
 
 def kernels(config: Config, strategy: Strategy, tokens: int) -> Iterator[Kernel]:
@@ -140,20 +145,33 @@ def optimizer(elements: int, dtype: torch.dtype, device: str) -> Kernel:
     return Work("optimizer", name(dtype), moved("optimizer", elements, dtype.itemsize), str(elements)), adamw.step
 
 
-def time_of_a_call(config: Config, strategy: Strategy) -> Timed:
-    """The host's time for one operation and for what is around it in training: modules, views, autograd.
+def times_of_the_host(config: Config, strategy: Strategy) -> Iterator[Timed]:
+    """For one operation and for what is around it in training: modules, views, autograd; and, where there are several
+    ranks, for FSDP2's own Python around one message of weights or of their gradients, the operations in it apart.
 
     Forward and backward of a model with nothing to compute, by the host's clock: a GPU is not waited for.
     """
+    dtype = name(strategy.options.compute_dtype)
+    us, calls = host_us(config, Single(strategy.mesh, strategy.options))
+    yield Timed(Work("call", dtype, 0, "1"), a_call := [each / calls.n for each in us])
+    if config.world_size > 1:
+        us, calls = host_us(config, Zero(replace(strategy.mesh, zero=made_up(config.device)), strategy.options))
+        rest = [each - calls.n * median(a_call) for each in us]
+        yield Timed(Work("group", dtype, 0, "1"), [max(0.0, each) / calls.messages for each in rest])
+
+
+def host_us(config: Config, strategy: Strategy) -> tuple[list[float], "Calls"]:
     dtype = strategy.options.compute_dtype
     small = replace(config.model, dim=64, n_layers=2, n_heads=1, n_kv_heads=1, head_dim=64, ffn_dim=64, vocab_size=64)
     with torch.device(config.device):
-        model = Llama(small, Single(strategy.mesh, strategy.options), dtype).to(dtype)
+        model = Llama(small, strategy, dtype).to(dtype)
         tokens, positions = torch.zeros(1, 1, dtype=torch.int64), torch.arange(1)
+    strategy.shard(model)
 
     def step() -> None:
         model(tokens, tokens, positions).backward()
 
+    step()
     with Calls() as calls:
         step()
     us = []
@@ -161,16 +179,24 @@ def time_of_a_call(config: Config, strategy: Strategy) -> Timed:
         if config.device == "cuda":
             torch.cuda.synchronize()
         us += repeated(step, 1, 0, "cpu")
-    return Timed(Work("call", name(dtype), 0, "1"), [each / calls.n for each in us[config.warmup :]])
+    return us[config.warmup :], calls
+
+
+def made_up(device: str) -> Axis:
+    """Two ranks whose messages take no time (torch's fake process group)."""
+    group = dist.new_group([0, 1], backend="fake", group_desc="zero")
+    mesh = DeviceMesh.from_group(group, device, [0, 1], mesh_dim_names=("zero",))
+    return Axis("zero", 2, dist.get_rank() % 2, mesh)
 
 
 class Calls(TorchDispatchMode):
-    """Counts operations that are no views."""
+    """Counts operations that are no views, and messages apart."""
 
-    n = 0
+    n, messages = 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        self.n += not func.is_view
+        self.messages += func.namespace == "c10d"
+        self.n += not func.is_view and func.namespace != "c10d"
         return func(*args, **(kwargs or {}))
 
 
