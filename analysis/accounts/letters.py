@@ -34,7 +34,7 @@ def whole(x: Amount) -> Amount:
 def alone(ranks: Amount) -> bool:
     """Is it a group of one rank, which has nobody to send to? Of many configurations: in all of them."""
     one = ranks == 1
-    return one.all() if isinstance(one, np.ndarray) else bool(one)  # np.all would take three times as long
+    return bool(one.all() if isinstance(one, np.ndarray) else one)  # np.all would take three times as long
 
 
 def part(n: Amount, ways: Amount, at: Mapping[str, int] | None, axis: str) -> Amount:
