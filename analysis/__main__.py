@@ -40,6 +40,13 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=Path, metavar="FILE", help="default: runs/sources/STRATEGY-STRATEGY.html, or all.html"
     )
 
+    exchanges = commands.add_parser("exchanges", help="who sends what to whom in a block, as one picture")
+    exchanges.add_argument("strategies", nargs="+", metavar="STRATEGY")
+    exchanges.add_argument(
+        "--run", type=Path, metavar="runs/NAME", help="of exchanges=true; default: runs/reference/exchanges"
+    )
+    exchanges.add_argument("--out", type=Path, metavar="FILE.svg", default=Path("runs/exchanges.svg"))
+
     compare = commands.add_parser("compare", help="two sweeps of the same configurations: faster, slower, bigger")
     compare.add_argument("a", type=Path, metavar="runs/A")
     compare.add_argument("b", type=Path, metavar="runs/B")
@@ -128,6 +135,11 @@ def answer(arguments: argparse.Namespace) -> tuple[object, list[str]]:
         from analysis import columns
 
         return columns.printed(arguments.format), []
+    if arguments.command == "exchanges":
+        from analysis import exchanges, reading
+
+        sweep = reading.load(arguments.run) if arguments.run else None
+        return exchanges.write(arguments.strategies, sweep, arguments.out), []
     if arguments.command == "compare":
         from analysis import compare
 

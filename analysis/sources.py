@@ -23,7 +23,7 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-from analysis import UserError
+from analysis import UserError, exchanges
 from analysis.accounts import account_of
 from analysis.accounts.letters import Letters
 from analysis.accounts.sent import SHORT, total
@@ -36,7 +36,7 @@ from conf.labels import mesh
 from conf.sizes import size
 
 ROOT = Path(__file__).parents[1]
-IN_ATTENTION = ("attention", "core_attention", "inner_attention", "through_heads", "send_heads")
+IN_ATTENTION = ("attention", "core_attention", "inner_attention", "through_heads", "send_heads", "forward", "backward")
 IN_BLOCK = (*IN_ATTENTION, "mlp")
 SECTIONS = {  # title -> the methods and functions that it shows, in this order
     "split": ("split",),
@@ -50,7 +50,10 @@ LEADING = re.compile(r"^(<[^>]*>)?\s+")
 
 @dataclass
 class Module:
-    """A strategy's file: its text, its card, its class's parent, and where every method and function stands."""
+    """A strategy's file: its text, its card, its class's parent, and where every method and function stands.
+
+    forward and backward are those of an autograd.Function beside it.
+    """
 
     path: str  # strategies/x.py
     lines: list[str]
@@ -72,11 +75,15 @@ def module(path: str) -> Module:
         for alias in node.names
     }
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-    own = classes[-1]
-    spans = {node.name: span(node) for node in [*tree.body, *own.body] if isinstance(node, ast.FunctionDef)}
-    base = ast.unparse(own.bases[0]) if own.bases else ""
+    own = next((each for each in classes if parent_of(each) in imported), classes[-1])
+    bodies = [tree.body, *(each.body for each in classes if each is not own), own.body]
+    spans = {node.name: span(node) for body in bodies for node in body if isinstance(node, ast.FunctionDef)}
     title, card = read_card(ast.get_docstring(tree) or "")
-    return Module(path, text.splitlines(), card, title, imported.get(base), imported, spans)
+    return Module(path, text.splitlines(), card, title, imported.get(parent_of(own)), imported, spans)
+
+
+def parent_of(node: ast.ClassDef) -> str:
+    return ast.unparse(node.bases[0]) if node.bases else ""
 
 
 def span(node: ast.FunctionDef) -> tuple[int, int]:
@@ -141,6 +148,7 @@ class Line:
     indent: int = field(compare=False)
     shared: list[str] = field(default_factory=list, compare=False)
     chips: list[Chip] = field(default_factory=list, compare=False)
+    pictures: list[str] = field(default_factory=list, compare=False)  # of what it sends, as svg
     counterpart: str = field(default="", compare=False)
 
 
@@ -164,6 +172,7 @@ class Column:
     measured: str
     sums: list[tuple[str, str, str, bool]]  # what, counted, derived (empty without an account), are they equal
     sections: dict[str, list[Part]]
+    drawn: str  # the setting of its pictures
 
 
 def column(strategy: str, sweep: Sweep | None) -> Column:
@@ -171,11 +180,14 @@ def column(strategy: str, sweep: Sweep | None) -> Column:
     own = module(path)
     run = None if sweep is None else measured_row(strategy, sweep)
     sent, sums, where = ({}, [], "") if sweep is None or run is None else counted(path, run, sweep)
+    known = exchanges.pictured(strategy, sweep)
+    pictures = {} if known is None else placed_pictures(path, known)
     sections = {}
     for title, names in SECTIONS.items():
-        sections[title] = [part for name in names if (part := shown(path, name, sent)) is not None]
+        sections[title] = [part for name in names if (part := shown(path, name, sent, pictures)) is not None]
     title = own.title.partition(": ")[2] or own.title
-    return Column(strategy, colour(strategy), title, [Entry(*said) for said in own.card], where, sums, sections)
+    card = [Entry(*said) for said in own.card]
+    return Column(strategy, colour(strategy), title, card, where, sums, sections, known.setting if known else "")
 
 
 def compare(columns: list[Column]) -> None:
@@ -193,7 +205,9 @@ def texts(column: Column) -> list[Sequence[Entry | Line]]:
     return [column.card, *([line for part in parts for line in part.lines] for parts in column.sections.values())]
 
 
-def shown(path: str, name: str, sent: dict[tuple[str, int], dict]) -> Part | None:
+def shown(
+    path: str, name: str, sent: dict[tuple[str, int], dict], pictures: dict[tuple[str, int], list[str]]
+) -> Part | None:
     holder = find(path, name)
     if holder is None:
         return None
@@ -210,6 +224,7 @@ def shown(path: str, name: str, sent: dict[tuple[str, int], dict]) -> Part | Non
             line.chips.append(Chip("→" if direction == "forward" else "←", kind, times, amount))
         if line.chips:
             line.counterpart = counterpart(name, text)
+        line.pictures = pictures.get((holder.path, line.number), [])
         lines.append(line)
     return Part(name, lines, holder.path if holder.path != path else None)
 
@@ -283,12 +298,33 @@ def placed(path: str, source: str) -> tuple[str, int, str] | None:
     raise UserError(f"{source} is no line of a strategy's method any more: measure the run again with today's files")
 
 
+def placed_pictures(path: str, known: exchanges.Pictured) -> dict[tuple[str, int], list[str]]:
+    """(file, line) -> what is drawn of it: a line of the same text as when it was seen, or none."""
+    found: dict[tuple[str, int], list[str]] = {}
+    for (source, text), panels in known.by_line().items():
+        if (place := place_of(path, source, text)) is not None:
+            so_far = sum(len(pictures) for pictures in found.values())
+            pictures = [exchanges.svg(panel, f"{Path(path).stem}-{so_far + n}") for n, panel in enumerate(panels)]
+            found.setdefault(place, []).extend(pictures)
+    return found
+
+
+def place_of(path: str, source: str, text: str) -> tuple[str, int] | None:
+    """Where the line is now: that of its text which is nearest to where it was."""
+    if source.startswith("zero"):
+        at = placed(path, source)
+        return at and at[:2]
+    file, _, number = source.partition(":")
+    alike = [n for n, line in enumerate(module(file).lines, 1) if line.strip() == text]
+    return (file, min(alike, key=lambda n: abs(n - int(number)))) if alike else None
+
+
 def zero_line(path: str, name: str) -> tuple[str, int, str] | None:
-    """The line that hands weights to ZeRO, in a strategy's method or in those that it extends."""
+    """The line that hands weights to ZeRO, or that asks the method that this one extends to."""
     here = module(path)
     first, last = here.spans.get(name, (1, 0))
     for line in range(first, last + 1):
-        if "self.zero" in here.lines[line - 1]:
+        if any(words in here.lines[line - 1] for words in ("self.zero", f"super().{name}(")):
             return path, line, name
     return zero_line(here.parent, name) if here.parent else None
 

@@ -374,6 +374,11 @@ class Config:
     profile: bool = key(
         False, "one more step of each rank as a trace for Perfetto, in the row's folder", identity=False
     )
+    exchanges: bool = key(
+        False,
+        "of mode=real on the CPU: who sends what to whom in a block, drawn by python -m analysis sources",
+        identity=False,
+    )
     full_depth: bool = key(False, "of mode=simulate: runs all layers and hops instead of counting those that are alike")
     search: str = key(
         "none",

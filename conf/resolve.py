@@ -15,6 +15,7 @@ from conf.huggingface import read_config, read_end
 from conf.keys import MISSING, OF_A_MACHINE, Config, ModelConfig, beyond, keys, multiples
 from conf.words import Invalid, around, divisors, one_of
 
+MOST_DRAWN = 8  # ranks, a colour each
 UNDIVIDED = 4, 6  # ranks all of whose links to each other are no disjoint rings
 
 
@@ -108,6 +109,17 @@ def check_mode(config: Config) -> None:
         raise Invalid(f"save_path={config.save_path}: workload={config.workload} trains nothing; null would do")
     if mode != "real" and config.exposed_comm:
         raise Invalid(f"exposed_comm=true needs real collectives to compare with, and mode={mode}; mode=real would do")
+    if config.exchanges and not (
+        mode == "real"
+        and config.device == "cpu"
+        and config.workload == "step"
+        and 1 < config.world_size <= MOST_DRAWN
+        and config.strategy.name not in meshes.PEERS
+    ):
+        raise Invalid(
+            "exchanges=true looks on while 2 to 8 ranks of this machine's CPU run a step of one of our strategies: "
+            "mode=real device=cpu workload=step world_size=4 would do"
+        )
     if mode != "simulate" and (config.search != "none" or config.full_depth):
         key = "full_depth=true" if config.search == "none" else f"search={config.search}"
         raise Invalid(f"{key} is for mode=simulate, and mode={mode}")

@@ -3,6 +3,7 @@
 import torch
 
 import strategies
+from bench.instruments.exchanges import Exchanges, watched
 from bench.instruments.memory import MemoryLog
 from bench.instruments.observe import Observed, observe
 from bench.instruments.step import run_step
@@ -60,3 +61,9 @@ def flops(rank: int, *args) -> int:
 def peak(rank: int, *args) -> Peak:
     """The memory log's peak of one step, on this rank."""
     return observed(*train(*args)).peak
+
+
+def exchanges(case: Case, sizes: dict, seq_len: int) -> Exchanges:
+    """What one forward exchanges, as this rank sees it."""
+    training, batches = build(case, sizes, case.dp * case.micro_batches, seq_len)
+    return watched(training, next(iter(batches)), seq_len)

@@ -203,3 +203,6 @@ def test_adding_a_strategy_is_what_the_readme_says(tmp_path):
     page = (copy / report.strip()).read_text()
     assert "≠" not in page
     assert "gather_all" in (copy / sources.strip()).read_text()
+    run("python -m bench strategy=gather_all exchanges=true seq_len=64 steps=1 warmup=0 name=seen")
+    page = (copy / run("python -m analysis sources gather_all --run runs/seen").strip()).read_text()
+    assert "q, k, v: all_gather over ring" in page

@@ -95,6 +95,8 @@ WRONG = {  # overrides -> what the one sentence says
     "offload=all recompute=block": "offload=all is not one of none, activations",
     "mode=emulate full_depth=true": "full_depth=true is for mode=simulate, and mode=emulate",
     "exposed_comm=true mode=simulate": "exposed_comm=true needs real collectives",
+    "exchanges=true mode=simulate": "mode=real device=cpu workload=step world_size=4 would do",
+    "exchanges=true strategy=fsdp2": "exchanges=true looks on while 2 to 8 ranks",
     "compile=true mode=simulate": "compile=true: mode=simulate computes nothing",
     "strategy=ulysses world_size=2 ulysses.chunks=3": "ulysses.chunks=3 must divide a rank's heads",
     "strategy=upipe world_size=2 ulysses.stages=3": "ulysses.stages=3 must divide a rank's heads in attention, 4",

@@ -156,9 +156,10 @@ class Ledger(Instrument):
         if func.namespace in COMMUNICATING:
             self.count(func, args, out)
 
-    def count(self, func: Any, args: tuple, out: Any) -> None:
+    def count(self, func: Any, args: tuple, out: Any) -> Entry | None:
+        """The line of comm.csv that it was added to, if it sends anything."""
         if (sending := dispatched(func, args, out)) is None:
-            return
+            return None
         source, from_zero = self.where()
         entry = Entry(
             phase="recompute" if recomputing() else self.phase,
@@ -173,6 +174,7 @@ class Ledger(Instrument):
         entry.calls += self.times
         entry.payload_bytes += self.times * sending.payload
         entry.sent_bytes += self.times * sending.sent
+        return entry
 
     def where(self) -> tuple[str, bool]:
         """The strategy line that this collective comes from; or the module whose weights ZeRO sends, and True."""

@@ -20,7 +20,8 @@ import torch
 import torch._dynamo  # FSDP2 imports it when first used: better once in the server than again in every rank
 import torch.distributed as dist
 
-from bench.instruments import capacity, machine
+from bench.instruments import areas, capacity, machine
+from bench.instruments.exchanges import watched
 from bench.instruments.held import Held
 from bench.instruments.instrument import replaced
 from bench.instruments.memory import MemoryLog
@@ -194,6 +195,8 @@ def run_steps(task: Task, progress: Callable[[str], None]) -> Rank:
     progress("counting")
     observed = observe(workload, batches, MemoryLog(config.device, workload.state()))
     counted = measured(observed, device_name=device_name(config), **found)
+    if config.exchanges and not task.silent:
+        areas.write(watched(workload, batches[0], config.seq_len), Path(task.traces) / "exchanges.json")
     if on_gpu:  # the real allocator's peak includes what kernels take inside themselves
         peak = counted.peak
         counted.peak = replace(peak, total=held.allocated, other=peak.other + held.allocated - peak.total)
