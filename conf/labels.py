@@ -12,7 +12,7 @@ from typing import Any
 from conf.columns import described
 from conf.groups import written
 from conf.keys import Config, Key, keys
-from conf.meshes import AXES
+from conf.meshes import AXES, PEERS, STRATEGIES, Footing
 
 Row = Mapping[str, Any]
 SAID_ANYHOW = ("strategy.name", "world_size", "seq_len", *(f"mesh.{axis}" for axis in AXES))
@@ -21,9 +21,20 @@ FILLED = ("attention.kernel", "model.head_dim", "launch.ranks_per_host", "grad_d
 
 
 def mesh(row: Row) -> str:
-    """The degrees that are more than 1; of a configuration that was refused, all that were given."""
+    """The degrees that are more than 1; of a configuration that was refused, all that were given; of a grid a row."""
     least = 1 if row.get("status") == "invalid" else 2
-    return " ".join(f"{axis}={int(row[axis])}" for axis in AXES if number(row.get(axis)) >= least)
+    degrees = [f"{axis}={int(row[axis])}" for axis in AXES if number(row.get(axis)) >= least]
+    rows = footing(row).grid and number(row.get("ring")) > 1 and number(row.get("ring_inner"))
+    return " ".join([*degrees, *([f"ring.inner={int(rows)}"] if rows else [])])
+
+
+def footing(row: Row) -> Footing:
+    return (STRATEGIES | {name: peer.footing for name, peer in PEERS.items()}).get(row["strategy"], Footing())
+
+
+def follows(key: Key, row: Row) -> bool:
+    """Is there nothing to say of it: has the strategy one value of it, or does the mesh say it?"""
+    return key.path in footing(row).fixed or (key.path == "ring.inner" and footing(row).grid)
 
 
 def where(row: Row) -> str:
@@ -68,7 +79,7 @@ def alternatives(rows: Sequence[Row], key: Key) -> dict[str, set[str]]:
     for row in rows:
         value = text(row.get(key.column))
         undecided = key.column not in row or (key.path in FILLED and value in ("", "auto"))
-        if not (resolved and row.get("status") == "invalid" and undecided):
+        if not follows(key, row) and not (resolved and row.get("status") == "invalid" and undecided):
             found.setdefault("" if preset is key else text(row.get(preset.column)), set()).add(value)
     return found
 
@@ -88,7 +99,7 @@ def variant(row: Row, among: Sequence[Key]) -> str:
     said = [
         f"{written(key.path)}={text(row.get(key.column)) or 'null'}"
         for key in among
-        if not (key.path == "ring.layout" and number(row.get("ring")) > 1)  # beside the mesh already
+        if not follows(key, row) and not (key.path == "ring.layout" and number(row.get("ring")) > 1)  # with the mesh
     ]
     return " ".join(said)
 
