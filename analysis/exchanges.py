@@ -22,6 +22,7 @@ from conf.labels import where
 
 KEPT = Path(__file__).parents[1] / "runs" / "reference" / "exchanges"  # python -m bench -m sweep=exchanges
 COLOURS = ("#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#f0e442", "#0072b2", "#d55e00", "#999999")  # Okabe and Ito's
+KEYS = ("source", "line", "kind", "axis", "planes", "before", "after")
 HEADS = ("q", "k", "v", "out", "lse")  # whose columns are heads
 WIDTH, GUTTER, ROW, GAP = 360, 14, 26, 4
 SMALL = 9  # pixels, in which no number would be readable
@@ -134,9 +135,9 @@ def file_of(sweep: Sweep, run_id: str) -> Path:
 def read(file: Path) -> list[dict[str, Any]]:
     try:
         size_of(file)
-        return json.loads(file.read_text())
-    except (OSError, FileFault, ValueError) as fault:
-        raise UserError(f"{file}: cannot be read as exchanges ({fault})") from None
+        return [{key: each[key] for key in KEYS} for each in json.loads(file.read_text())]
+    except (OSError, FileFault, ValueError, KeyError, TypeError) as fault:
+        raise UserError(f"{file}: cannot be read as exchanges ({type(fault).__name__}: {fault})") from None
 
 
 def write(strategies: list[str], sweep: Sweep | None, out: Path) -> Path:
@@ -211,7 +212,10 @@ def drawn(panel: Panel, name: str) -> tuple[int, str]:
         f'<path d="{path}" fill="{fills[owners] or COLOURS[owners_of(owners)[0]]}"/>'
         for owners, path in by_owners.items()
     )
-    titles = [text(0, 11, panel.title, 'font-size="11.5" font-weight="bold"'), text(WIDTH, 11, panel.axes, END)]
+    axes = text(
+        WIDTH, 25 if len(panel.stages) == 2 else 11, panel.axes, END
+    )  # hops have many captions, and short titles
+    titles = [text(0, 11, panel.title, 'font-size="11.5" font-weight="bold"'), axes]
     numbers = [text(GUTTER - 4, top + rank * (ROW + GAP) + ROW / 2 + 4, str(rank), END) for rank in ranks]
     frame = f'<path d="{frames}" fill="{WHITE}" stroke="#999"/>'
     return top + len(ranks) * (ROW + GAP), "".join([patterns, *titles, *numbers, frame, coloured, *written])

@@ -208,6 +208,13 @@ def test_a_line_that_has_moved_is_found_and_one_that_has_changed_is_not():
     assert sources.place_of(path, f"{path}:{number}", "arriving_k = nothing") is None
 
 
+@pytest.mark.parametrize("text", ["[", "[1]", '[{"source": "zero3 blocks.0"}]', "1"])
+def test_what_cannot_be_read_is_a_sentence(text, tmp_path):
+    (tmp_path / "exchanges.json").write_text(text)
+    with pytest.raises(UserError, match="cannot be read as exchanges"):
+        exchanges.read(tmp_path / "exchanges.json")
+
+
 def test_what_nobody_has_seen_is_not_drawn(tmp_path):
     with pytest.raises(UserError, match="strategy=constructor exchanges=true"):
         exchanges.write(["ring", "constructor"], None, tmp_path / "x.svg")
