@@ -54,6 +54,9 @@ def parser() -> argparse.ArgumentParser:
     columns = commands.add_parser("columns", help="every column of results.csv: its unit and its meaning")
     columns.add_argument("--format", choices=FORMATS, default="text")
 
+    reference = commands.add_parser("reference", help="all keys and all columns: docs/keys.md and docs/columns.md")
+    reference.add_argument("--out", type=Path, metavar="FOLDER", default=Path("docs"), help="default: docs")
+
     calibrate = commands.add_parser("calibrate", help="a cluster's file from what sweep=calibrate measured on it")
     calibrate.add_argument("folder", type=Path, metavar="runs/calibrate")
     calibrate.add_argument("--out", type=Path, metavar="FILE.yaml", help="default: cluster.yaml in the folder")
@@ -140,6 +143,10 @@ def answer(arguments: argparse.Namespace) -> tuple[object, list[str]]:
 
         sweep = reading.load(arguments.run) if arguments.run else None
         return exchanges.write(arguments.strategies, sweep, arguments.out), []
+    if arguments.command == "reference":
+        from analysis import reference
+
+        return reference.write(arguments.out), []
     if arguments.command == "compare":
         from analysis import compare
 

@@ -3,18 +3,23 @@
 python -m analysis columns [--format text|markdown|latex|csv]
 """
 
+from collections.abc import Iterable
+
 import pandas as pd
 
 from analysis.table import laid_out
-from conf.columns import columns
+from conf.columns import Column, columns
 from conf.series import SERIES
 
 
 def printed(format: str) -> str:
     named = [(c.name, c) for c in columns()]
     named += [(f"{workload}.{c.name}", c) for workload, of_lines in SERIES.items() for c in of_lines]
-    table = pd.DataFrame([{"column": name, "unit": c.unit, "meaning": c.says} for name, c in named])
-    return laid_out(table, format, in_text=aligned)
+    return laid_out(table_of(named), format, in_text=aligned)
+
+
+def table_of(named: Iterable[tuple[str, Column]]) -> pd.DataFrame:
+    return pd.DataFrame([{"column": name, "unit": c.unit, "meaning": c.says} for name, c in named])
 
 
 def aligned(table: pd.DataFrame) -> str:

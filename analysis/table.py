@@ -63,10 +63,17 @@ def laid_out(
     if format == "latex":
         return table.to_latex(index=False, escape=False)
     if format == "markdown":
-        body, lines = table.to_markdown(index=False, disable_numparse=True), [f"- {note}" for note in notes]
+        body, lines = as_pipes(table), [f"- {note}" for note in notes]
     else:
         body, lines = in_text(table), list(notes)
     return body + ("\n\n" + "\n".join(lines) if lines else "")
+
+
+def as_pipes(table: pd.DataFrame) -> str:
+    """In Markdown, not padded: a longer cell changes its own line alone. In a cell | ends nothing, < begins no tag."""
+    cells = table.astype(str).replace(r"([|<])", r"\\\1", regex=True)
+    rows = [cells.columns, ["---"] * len(cells.columns), *cells.to_numpy()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 # Formulas.

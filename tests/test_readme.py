@@ -1,4 +1,5 @@
-"""Every command of the README: as it is printed it can stand, and small where it must be it runs."""
+"""Every command of the README and of the pages that go on from it: as it is printed it can stand, and small where it
+must be it runs; and the pages that are written from declarations are as these are."""
 
 import os
 import re
@@ -12,7 +13,7 @@ import pytest
 from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
 
-from analysis import UserError, measured, simulated, validate
+from analysis import UserError, measured, reference, simulated, validate
 from analysis import __main__ as analysis
 from bench import __main__ as bench
 from bench.app import command, slurm, sweep
@@ -20,6 +21,7 @@ from bench.app.job import Job
 from conf.resolve import resolve
 
 ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", *(f"docs/{name}.md" for name in ("use", "modes", "clock", "packed", "records", "exchanges"))]
 STEPS = "steps=1 warmup=0"
 SMALL = {  # how a command begins -> words that make it small, in the place of its own that say the same keys
     "bench strategy=ring workload=attention": f"{STEPS} seq_len=512",
@@ -48,13 +50,14 @@ SMALL = {  # how a command begins -> words that make it small, in the place of i
 
 
 def commands() -> list[list[str]]:
-    """Their words, in the README's order, without `python -m`. `Add a strategy` is for tests/test_architecture.py,
-    ./run.sh for tests/test_laptop.py."""
-    text = (ROOT / "README.md").read_text().partition("## Add a strategy")[0].replace("\\\n", " ")
+    """Their words, in the pages' order, each once, without `python -m`. docs/strategy.md is for
+    tests/test_architecture.py, ./run.sh for tests/test_laptop.py."""
+    text = "\n".join((ROOT / page).read_text() for page in PAGES).replace("\\\n", " ")
     blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = (shlex.split(line, comments=True) for block in blocks for line in block.splitlines())
     found = [words[2:] if words[:2] == ["python", "-m"] else words for words in lines if words]
-    return [words for words in found if words[0] in ("bench", "analysis", "torchrun")]
+    once = dict.fromkeys(map(tuple, found))
+    return [list(words) for words in once if words[0] in ("bench", "analysis", "torchrun")]
 
 
 def small(words: list[str]) -> list[str]:
@@ -143,4 +146,15 @@ def test_every_command_stands_as_printed_and_runs_when_small(tmp_path, monkeypat
         if fault:
             wrong.append(f"{shlex.join(printed)}: {fault}")
     assert not wrong, "\n".join(wrong)
-    assert not unused, f"the README has no such commands: {unused}"
+    assert not unused, f"the pages have no such commands: {unused}"
+
+
+def test_keys_and_columns_are_written_as_they_are_declared():
+    for name, page in reference.pages().items():
+        assert (ROOT / "docs" / name).read_text() == page, "python -m analysis reference writes it anew"
+
+
+def test_links_lead_to_files():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            assert link.startswith("https://") or (page.parent / link).exists(), f"{page.name}: {link}"
