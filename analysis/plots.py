@@ -180,7 +180,7 @@ def bars(tasks: list[Task], value: str) -> list[Task]:
         if len(rows) > MOST_BARS:
             ordered = rows.sort_values(value).groupby("strategy", sort=False)
             ends = pd.concat([ordered.head(1), ordered.tail(1)]).index
-            said += f"\n(of {len(rows)} configurations, each strategy's least and most; what is the same, once)"
+            said += f"\n(of {len(rows)} configurations, each strategy's least and most;\nwhat is the same, once)"
             rows = once(rows[rows.index.isin(ends)], value)
         found.append(Task(said, rows))
     return found
