@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -127,6 +128,18 @@ def test_what_cannot_be_is_no_measurement():
     (fault,) = judge.faults(Measured(config, [Round(found(1e-3, product))]))
     assert "products (1 x 1 x 1)" in fault
     assert "more than the device can do" in fault
+
+
+def test_a_difference_that_is_all_noise_is_a_time(monkeypatch):
+    config = resolved_here(job("strategy=single", "world_size=1", "workload=kernels").config).config
+    strategy = build_strategy(config)
+    times = iter(([100.0] * 3, [90.0, 100.0, 400.0]))  # of a model's operations, and of these with FSDP2's own Python
+    calls = SimpleNamespace(n=50, messages=5)
+    monkeypatch.setattr(kernels, "host_us", lambda *_: (next(times), calls))
+    monkeypatch.setattr(kernels, "made_up", lambda device: strategy.mesh.zero)
+    _, group = kernels.times_of_the_host(replace(config, world_size=2), strategy)
+    assert group.us[-1] == (400 - 100) / 5
+    assert min(group.us) > 0
 
 
 def test_less_work_never_takes_longer():
