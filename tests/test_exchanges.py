@@ -137,9 +137,11 @@ def test_what_is_kept_is_what_is_seen_today(tmp_path):
 
 
 def test_the_readmes_picture_is_drawn_from_what_is_kept(tmp_path):
-    """By the command that stands above it."""
-    command = re.search(r"python -m analysis (exchanges .* --out (docs/\S+))", (ROOT / "README.md").read_text())
+    """By the command that stands above it in docs/exchanges.md."""
+    page = (ROOT / "docs" / "exchanges.md").read_text()
+    command = re.search(r"python -m analysis (exchanges .* --out (docs/\S+))", page)
     assert f"]({command[2]})" in (ROOT / "README.md").read_text()
+    assert f"]({command[2].removeprefix('docs/')})" in page
     words = [*command[1].split()[:-1], str(tmp_path / "x.svg")]
     assert analysis.run(analysis.parser().parse_args(words)) == 0
     assert (tmp_path / "x.svg").read_text() == (ROOT / command[2]).read_text()

@@ -76,9 +76,9 @@ def replay(config: Config, rank: int) -> Predicted:
 @pytest.fixture(scope="module")
 def found():
     """Of every case, what the replay and what the closed form says."""
-    configs = [config_of(words) for words in CASES]
-    (replays,) = on_ranks(1, replayed, configs, grouped=False)
-    return {words: (replay, predict.of_config(c)) for words, c, replay in zip(CASES, configs, replays, strict=True)}
+    configs = {words: config_of(words) for words in CASES}
+    replays = {words: on_ranks(1, replayed, [config], grouped=False)[0][0] for words, config in configs.items()}
+    return {words: (replays[words], predict.of_config(config)) for words, config in configs.items()}
 
 
 @pytest.mark.parametrize("words", CASES)

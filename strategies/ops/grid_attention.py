@@ -97,10 +97,15 @@ class Grid:
             yield (self.row.rank - 1 - hop) % self.row.size
 
     def visits(self, place: int, keys: "Blocks") -> Iterator[Visit]:
-        """To the queries of a rank in the row: the keys and values of the column, our own first."""
-        for hop in range(self.column.size):
+        """To the queries of a rank in the row: the keys and values of the column, our own first; those that are run."""
+        tiles = partial(self.tiles, place)
+
+        def look(hop: int) -> Any:
+            return hop == 0, looks(tiles, (self.column.rank - hop) % self.column.size, self.options)
+
+        for hop in hooks.hops(self.column.size, look):
             source = (self.column.rank - hop) % self.column.size
-            yield Visit(source, (keys.of(source),), self.tiles(place, source, self.local_seq_len))
+            yield Visit(source, (keys.of(source),), tiles(source, self.local_seq_len))
 
     def send(self, parts: Tensor) -> Pending:
         """A part to each other rank of the row -> Pending of what they have for us."""
