@@ -8,6 +8,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,7 +113,9 @@ def test_a_row_is_a_run_with_its_numbers_by_step(log, here):
     run_all(jobs)
     run_all(jobs[:1])  # again: the same run, not one more
     rows = {row["run_id"]: row for row in records.load_all(here)}
-    found = READERS[log](here)
+    deadline = time.monotonic() + 30  # a process of wandb's own writes its file, on a busy machine later
+    while not all(config for config, *_ in (found := READERS[log](here)).values()) and time.monotonic() < deadline:
+        time.sleep(0.5)
     assert found.keys() == rows.keys()
     for run_id, row in rows.items():
         config, numbers, steps = found[run_id]
