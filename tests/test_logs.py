@@ -113,9 +113,10 @@ def test_a_row_is_a_run_with_its_numbers_by_step(log, here):
     run_all(jobs)
     run_all(jobs[:1])  # again: the same run, not one more
     rows = {row["run_id"]: row for row in records.load_all(here)}
-    deadline = time.monotonic() + 30  # a process of wandb's own writes its file, on a busy machine later
-    while not all(config for config, *_ in (found := READERS[log](here)).values()) and time.monotonic() < deadline:
-        time.sleep(0.5)
+    found, deadline = READERS[log](here), time.monotonic() + 30
+    while not all(config for config, *_ in found.values()) and time.monotonic() < deadline:
+        time.sleep(0.5)  # wandb's own process writes its file, on a busy machine later
+        found = READERS[log](here)
     assert found.keys() == rows.keys()
     for run_id, row in rows.items():
         config, numbers, steps = found[run_id]
