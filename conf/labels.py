@@ -12,7 +12,7 @@ from typing import Any
 from conf.columns import described
 from conf.groups import written
 from conf.keys import Config, Key, keys
-from conf.meshes import AXES, PEERS, STRATEGIES, Footing
+from conf.meshes import AXES, PEERS, STRATEGIES, Footing, footing_of
 
 Row = Mapping[str, Any]
 SAID_ANYHOW = ("strategy.name", "world_size", "seq_len", *(f"mesh.{axis}" for axis in AXES))
@@ -29,7 +29,9 @@ def mesh(row: Row) -> str:
 
 
 def footing(row: Row) -> Footing:
-    return (STRATEGIES | {name: peer.footing for name, peer in PEERS.items()}).get(row["strategy"], Footing())
+    """Where its strategy stands; of one that this version does not know nothing is said."""
+    known = row["strategy"] in STRATEGIES or row["strategy"] in PEERS
+    return footing_of(row["strategy"]) if known else Footing()
 
 
 def follows(key: Key, row: Row) -> bool:
