@@ -10,6 +10,7 @@ the same numbers, which are to be added, their colours are striped. Areas are to
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ def panels(exchanges: Iterable[dict[str, Any]]) -> list[Panel]:
 
 def pictured(strategy: str, sweep: Sweep | None) -> Pictured | None:
     """The exchanges that a sweep has of a strategy, or else those that are kept. Raises UserError."""
-    for each in (sweep, load(KEPT) if KEPT.exists() else None):
+    for each in (sweep, kept()):
         if each is None:
             continue
         rows = each.ok[each.ok.strategy == strategy]
@@ -126,6 +127,12 @@ def pictured(strategy: str, sweep: Sweep | None) -> Pictured | None:
             (row,) = rows.loc[[purest(strategy, rows).name]].to_dict("records")
             return Pictured(f"{where(row)}, seq_len={row['seq_len']:,.0f}", read(file_of(each, row["run_id"])))
     return None
+
+
+@cache
+def kept() -> Sweep | None:
+    """Those of the reference, read once for all strategies."""
+    return load(KEPT) if KEPT.exists() else None
 
 
 def file_of(sweep: Sweep, run_id: str) -> Path:
