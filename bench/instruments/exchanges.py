@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from bench.instruments.labels import LSE, NONE, OUT, Labels, packed
-from bench.instruments.ledger import COMMUNICATING, SILENT, Ledger, group_of
+from bench.instruments.ledger import COMMUNICATING, SILENT, Ledger, group_of, work_of
 from bench.instruments.memory import MemoryLog
 from bench.instruments.observe import Instruments
 from conf.measurement import Entry
@@ -94,14 +94,14 @@ class Exchanges(Ledger):
             if name == "send":  # others wait for it, once they receive
                 self.leaving, after = work, before[:0]
             else:
-                wait(work)
+                work_of(work).wait()
                 after = self.known(filled)
         self.seen.append(Exchange(entry, before, after, given[0].element_size(), self.in_block))
 
     def receive(self, func: Any, args: tuple) -> None:
         """What comes in return for what was sent last."""
-        wait(func(*self.labels.beside_all(args)))
-        wait(self.leaving)
+        work_of(func(*self.labels.beside_all(args))).wait()
+        work_of(self.leaving).wait()
         self.seen[-1].after = self.known(tensors(args[0]))
 
     def known(self, given: list[Tensor]) -> np.ndarray:
@@ -119,12 +119,6 @@ class Exchanges(Ledger):
 
 def tensors(values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
-
-
-def wait(returned: Any) -> None:
-    """For what a dispatched collective returns."""
-    work = returned[-1] if isinstance(returned, tuple) else returned
-    (dist.Work.unbox(work) if isinstance(work, torch.ScriptObject) else work).wait()
 
 
 def watched(training: Any, batch: Any, seq_len: int) -> Exchanges:

@@ -106,6 +106,12 @@ def dispatched(func: Any, args: tuple, out: Any) -> Sending | None:
     return Sending(kind.name, name_of(group), group.size(), tensors[0].dtype, payload, sent)
 
 
+def work_of(returned: Any) -> Any:
+    """The work among what a collective that was dispatched returns."""
+    work = returned[-1] if isinstance(returned, tuple) else returned
+    return dist.Work.unbox(work) if isinstance(work, torch.ScriptObject) else work
+
+
 def group_of(args: tuple) -> dist.ProcessGroup:
     return next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject) and is_group(a))
 

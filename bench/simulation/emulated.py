@@ -17,6 +17,7 @@ from torch import Tensor, library
 from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from bench.instruments.ledger import work_of
 from strategies.ops.hooks import hooks
 
 in_flight: list[Tensor] = []  # sent and not yet received
@@ -46,9 +47,7 @@ def done() -> torch.ScriptObject:
 
 def number_of(work: Any) -> int | None:
     """Of a work as done() makes it, or of what a collective that is dispatched returns."""
-    work = work[-1] if isinstance(work, tuple) else work
-    if isinstance(work, torch.ScriptObject):
-        work = dist.Work.unbox(work)
+    work = work_of(work)
     return work.get_future().value() if isinstance(work, dist.Work) else None
 
 
