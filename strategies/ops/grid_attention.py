@@ -90,21 +90,21 @@ class Grid:
         """The row without this rank; those that are run (ops/hooks.py)."""
 
         def look(hop: int) -> list[Any]:
-            tiles = partial(self.tiles, (self.row.rank - 1 - hop) % self.row.size)
+            tiles = partial(self.tiles, self.row.place(-1 - hop))
             return [looks(tiles, source, self.options) for source in range(self.column.size)]
 
         for hop in hooks.hops(self.row.size - 1, look):
-            yield (self.row.rank - 1 - hop) % self.row.size
+            yield self.row.place(-1 - hop)
 
     def visits(self, place: int, keys: "Blocks") -> Iterator[Visit]:
         """To the queries of a rank in the row: the keys and values of the column, our own first; those that are run."""
         tiles = partial(self.tiles, place)
 
         def look(hop: int) -> Any:
-            return hop == 0, looks(tiles, (self.column.rank - hop) % self.column.size, self.options)
+            return hop == 0, looks(tiles, self.column.place(-hop), self.options)
 
         for hop in hooks.hops(self.column.size, look):
-            source = (self.column.rank - hop) % self.column.size
+            source = self.column.place(-hop)
             yield Visit(source, (keys.of(source),), tiles(source, self.local_seq_len))
 
     def send(self, parts: Tensor) -> Pending:

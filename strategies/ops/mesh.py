@@ -32,9 +32,13 @@ class Axis:
         """The start and stop of this rank's share of n things, shares differing by at most one."""
         return n * self.rank // self.size, n * (self.rank + 1) // self.size
 
+    def place(self, offset: int) -> int:
+        """The rank along this axis that is `offset` places further, around its end."""
+        return (self.rank + offset) % self.size
+
     def peer(self, offset: int) -> int:
-        """The global rank `offset` places further along this axis, around its end."""
-        return dist.get_global_rank(self.group, (self.rank + offset) % self.size)
+        """The same as a global rank."""
+        return dist.get_global_rank(self.group, self.place(offset))
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class Travel:
         for shard, weight in zip(self.shards(here, self.axis.rank), self.weights, strict=True):
             shard.copy_(weight)
         for hop in hooks.hops(self.axis.size, self.like):
-            source = (self.axis.rank - hop) % self.axis.size
+            source = self.axis.place(-hop)
             arriving = self.sent(here, other) if hop + 1 < self.axis.size else None
             yield Visit(source, self.shards(here, source), self.spans(source))
             if arriving:
@@ -67,7 +67,7 @@ class Travel:
 
     def like(self, hop: int) -> tuple:
         """What decides what is computed in a hop: is it our own shards', and how large are they?"""
-        spans = self.spans((self.axis.rank - hop) % self.axis.size)
+        spans = self.spans(self.axis.place(-hop))
         return hop == 0, [span.stop - span.start for span in spans]
 
     def sent(self, buffer: Tensor, into: Tensor | None = None) -> Pending:

@@ -49,7 +49,7 @@ class Ring:
         block = self.block
         for hop in self.hops:
             arriving = [shift(part, self.axis) for part in block] if hop + 1 < self.axis.size else []
-            yield (self.axis.rank - hop) % self.axis.size, block
+            yield self.axis.place(-hop), block
             block = tuple(part.wait() for part in arriving)
 
     def give(self, source: int, given: Given) -> None:
@@ -112,13 +112,13 @@ class Rotate:
             return looks(tiles, source, options)
 
         if axis.parts is None:
-            hops = hooks.hops(axis.size, lambda hop: look((axis.rank - hop) % axis.size))
+            hops = hooks.hops(axis.size, lambda hop: look(axis.place(-hop)))
             self.ring: Ring | DoubleRing = Ring(block, like, dtype, axis, hops)
             return
         inner, outer = axis.parts
 
         def look_around(hop: int) -> Any:
-            ring = (outer.rank - hop) % outer.size
+            ring = outer.place(-hop)
             return [look(ring * inner.size + place) for place in range(inner.size)]
 
         hops = hooks.hops(outer.size, look_around)
@@ -151,7 +151,7 @@ class Gather:
     def visits(self) -> Iterator[Visit]:
         blocks = start_all_gather(self.local_kv[None], 0, self.axis).wait()
         for hop in range(self.axis.size):
-            source = (self.axis.rank - hop) % self.axis.size
+            source = self.axis.place(-hop)
             tiles = tiles_of(self.axis.rank, source, self.axis.size, self.local_kv.shape[2], self.options)
             yield Visit(source, (blocks[source],), tiles)
 
