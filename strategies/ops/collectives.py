@@ -42,6 +42,11 @@ class Pending:
         return result
 
 
+def here(x: Tensor) -> Pending:
+    """Of what is sent along an axis of size 1: it is there."""
+    return Pending([], (x,), lambda x: x)
+
+
 # The plain collectives, without autograd. Along dim 0 chunks are adjacent in memory, so other dims are moved there.
 
 
@@ -218,7 +223,7 @@ def start_all_to_all(x: Tensor, split: int, concat: int, axis: Axis) -> Pending:
     Its backward is in flight as long as autograd has other things to do meanwhile.
     """
     if axis.size == 1:
-        return Pending([], (x,), lambda x: x)
+        return here(x)
     flight = Flight(axis)
     arriving = Leave.apply(x, split, flight)
     return Pending([], (arriving,), lambda arrived: Land.apply(arrived, concat, flight))

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.autograd import Function
 
 from strategies.ops.attention import add_backward, attend
-from strategies.ops.collectives import Pending, exchange, start_all_gather, start_reduce_scatter
+from strategies.ops.collectives import Pending, exchange, here, start_all_gather, start_reduce_scatter
 from strategies.ops.hooks import hooks
 from strategies.ops.kernels import merge, wide
 from strategies.ops.layouts import Tile, tiles_of
 from strategies.ops.mesh import Axis
 from strategies.ops.options import Options
-from strategies.ops.ring_attention import attend_to, attend_too
+from strategies.ops.ring_attention import attend_to, attend_to_all, attend_too
 from strategies.ops.travels import Visit, looks, travelling_dtype
 
 
@@ -35,10 +35,8 @@ class GridAttention(Function):
         visits = grid.visits(grid.row.rank, keys)
         out, lse = attend_to(q, next(visits), kernel)
         for place in grid.others():
-            visits_of_other, number = grid.visits(place, keys), place - (place > grid.row.rank)
-            part = attend_to(queries.of(place), next(visits_of_other), kernel)
-            attend_too(*part, queries.of(place), visits_of_other, kernel)
-            outs[number], lses[number] = part
+            number = place - (place > grid.row.rank)
+            outs[number], lses[number] = attend_to_all(queries.of(place), grid.visits(place, keys), kernel)
         arriving = [grid.send(part) for part in (outs, lses)]
         attend_too(out, lse, q, visits, kernel)
         for part in zip(*(parts.wait() for parts in arriving), strict=True):
@@ -110,9 +108,7 @@ class Grid:
     def send(self, parts: Tensor) -> Pending:
         """A part to each other rank of the row -> Pending of what they have for us."""
         each = [int(place != self.row.rank) for place in range(self.row.size)]
-        return (
-            exchange(parts, each, each, self.row) if self.row.size > 1 else Pending([], (parts,), lambda parts: parts)
-        )
+        return exchange(parts, each, each, self.row) if self.row.size > 1 else here(parts)
 
 
 class Blocks:
@@ -134,7 +130,7 @@ class Blocks:
 
 def summed(x: Tensor, axis: Axis) -> Pending:
     """[size, ..], of all along the axis -> Pending of the ranks' sum of ours, [1, ..]."""
-    return start_reduce_scatter(x, 0, axis) if axis.size > 1 else Pending([], (x,), lambda x: x)
+    return start_reduce_scatter(x, 0, axis) if axis.size > 1 else here(x)
 
 
 def grid_attention(q: Tensor, k: Tensor, v: Tensor, axis: Axis, options: Options) -> Tensor:

@@ -10,7 +10,7 @@ How they come by is ring.kv. Over P ranks:
                  backward again, and sends their gradients back the same way.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,8 +30,7 @@ class RingAttention(Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, axis: Axis, options: Options) -> Tensor:
         local_kv = torch.stack([k, v])  # [2, B, S_ring, G, K]: travels as one message
         visits = TRAVELS[options.ring.kv](local_kv, axis, options).visits()
-        out, lse = attend_to(q, next(visits), options.kernel)  # our own block comes first
-        attend_too(out, lse, q, visits, options.kernel)
+        out, lse = attend_to_all(q, visits, options.kernel)
         ctx.save_for_backward(q, local_kv, out := out.to(q.dtype), lse)
         ctx.axis, ctx.options = axis, options
         return out
@@ -42,8 +41,15 @@ class RingAttention(Function):
         return *backward(grad, *ctx.saved_tensors, ctx.axis, ctx.options), None, None
 
 
+def attend_to_all(q: Tensor, visits: Iterator[Visit], kernel: Kernel) -> tuple[Tensor, Tensor]:
+    """Blocks that come by, our own first -> out [B, S, H, K], in at least fp32, and lse [B, H, S]."""
+    out, lse = attend_to(q, next(visits), kernel)
+    attend_too(out, lse, q, visits, kernel)
+    return out, lse
+
+
 def attend_to(q: Tensor, visit: Visit, kernel: Kernel) -> tuple[Tensor, Tensor]:
-    """A block of keys and values -> out [B, S, H, K], in at least fp32, and lse [B, H, S]."""
+    """The same of one block."""
     (kv,) = visit.block
     out, lse = tiled_forward(q, *kv, visit.tiles, kernel)
     return accumulator(out), lse
